@@ -19,7 +19,7 @@ def dev_vars() -> dict:
         text = (ROOT / ".dev.vars").read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    line = re.compile(r"""^\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|`([^`]*)`|([^\s#]*))""", re.MULTILINE)
+    line = re.compile(r"""^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(?:"([^"]*)"|'([^']*)'|`([^`]*)`|([^\s#]*))""", re.MULTILINE)
     return {name: next((value for value in values if value), "") for name, *values in line.findall(text)}
 
 
