@@ -10,4 +10,18 @@
     reason = "helpers of tests fail like tests do, and stand outside the test functions that clippy.toml exempts"
 )]
 
+mod access;
+mod chat;
+mod dialects;
+mod faults;
+mod http;
+mod idempotency;
+mod kill;
+mod model;
+mod quota;
+mod resume;
+mod sessions;
+mod stop;
 mod support;
+mod tokens;
+mod tree;

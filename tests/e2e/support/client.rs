@@ -15,8 +15,9 @@ pub struct User {
     pub id: String,
     /// The bearer token; `None` sends no header.
     pub token: Option<String>,
+    /// The Worker's address.
+    pub origin: String,
     http: reqwest::Client,
-    origin: String,
 }
 
 /// A request being put together.
@@ -178,6 +179,15 @@ impl Answer {
         assert!(chinese, "the message is for people, in Chinese: {}", self.text);
         self.check_envelope();
         self
+    }
+
+    /// Checks that this is some error in the right envelope, and returns its status and code.
+    #[track_caller]
+    pub fn any_error(self) -> (u16, u64) {
+        assert!(self.status >= 400, "an error, not {} {}", self.status, self.text);
+        let (status, code) = (self.status, self.body["code"].as_u64().unwrap_or_default());
+        self.error(status, code);
+        (status, code)
     }
 
     #[track_caller]

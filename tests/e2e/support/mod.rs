@@ -3,6 +3,7 @@
 
 pub mod api;
 pub mod client;
+pub mod keeper;
 pub mod provider;
 pub mod reply;
 pub mod sse;

@@ -194,6 +194,7 @@ async fn write_reply(reply: &Reply, script: &Script, call: &Call, out: &mut Owne
                 out.write_all(&reply.frame(bytes)).await?;
                 tokio::time::sleep(*every).await;
             },
+            Step::Pause(time) => tokio::time::sleep(*time).await,
             Step::Gate => script.gate.acquire().await.expect("the gate is never closed").forget(),
             Step::Hang => std::future::pending().await,
             Step::Truncate => return out.shutdown().await,

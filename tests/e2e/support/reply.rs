@@ -29,6 +29,8 @@ pub enum Step {
         /// The wait between two writes.
         every: Duration,
     },
+    /// Waits this long: a provider's own pace, not a way to wait for something.
+    Pause(Duration),
     /// Waits until the test releases it.
     Gate,
     /// Never goes on.
@@ -146,6 +148,15 @@ impl Reply {
         self
     }
 
+    /// Puts bytes into the first write, before what it has.
+    pub fn first_bytes(mut self, bytes: &str) -> Self {
+        match self.steps.first_mut() {
+            Some(Step::Bytes(first)) => first.splice(0..0, bytes.bytes()),
+            other => panic!("{other:?} has no bytes to add to"),
+        };
+        self
+    }
+
     /// Puts a step after the `count`-th delta of a stream that opens with a role chunk.
     pub fn step_after_delta(mut self, count: usize, step: Step) -> Self {
         self.steps.insert(count + 1, step);
@@ -160,11 +171,13 @@ impl Reply {
 
     /// Rewrites each write's bytes.
     pub fn map(mut self, rewrite: impl Fn(&str) -> String) -> Self {
+        let before = self.bytes();
         for step in &mut self.steps {
             if let Step::Bytes(bytes) = step {
                 *bytes = rewrite(std::str::from_utf8(bytes).expect("replies are built as text")).into_bytes();
             }
         }
+        assert_ne!(self.bytes(), before, "a rewrite that changes nothing tests nothing");
         self
     }
 

@@ -5,7 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ed25519_dalek::Signer as _;
 use hmac::{Hmac, Mac as _};
-use p256::ecdsa::{self, signature::Signer as _};
+use p256::ecdsa;
 use serde_json::{Value, json};
 use sha2::{Sha256, Sha384, Sha512};
 

@@ -1,36 +1,27 @@
 //! Starts the real Worker: `wrangler dev` from the checkout over what `make build` left, with state and port of its own.
 //! Most tests share one; those that need a special configuration, or kill it, start their own.
 //!
-//! Nothing may outlive the tests, however they end. Statics are never dropped and a killed process drops nothing, so each
-//! wrangler is started by a small shell that waits on a pipe from us: when the pipe closes it ends wrangler's process
-//! group and removes its files.
+//! The configuration is complete, so that neither `.dev.vars` nor the defaults of `wrangler.toml` decide a test.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
 
 use super::client::User;
-use super::{PATIENCE, provider, token, wait_until};
+use super::keeper::Keeper;
+use super::{PATIENCE, provider, token, wait_until, within};
 
 /// How long `wrangler dev` may take until it serves.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// `$1` log, `$2` the folder to remove at the end, the rest the command. Says the group's id first, then waits.
-const KEEPER: &str = r#"
-set -m
-log=$1; folder=$2; shift 2
-"$@" </dev/null >>"$log" 2>&1 &
-echo $!
-read -r word
-kill -9 -- -$! 2>/dev/null
-[ "$word" = keep ] || rm -rf -- "$folder"
-"#;
+/// Set when a Worker failed to start, so that not every test waits for that again.
+static GAVE_UP: AtomicBool = AtomicBool::new(false);
 
 /// The catalogue of the Workers under test.
 pub fn models() -> serde_json::Value {
@@ -56,12 +47,6 @@ pub struct Worker {
     folder: PathBuf,
     variables: Vec<(String, String)>,
     keeper: Mutex<Option<Keeper>>,
-}
-
-/// The shell that ends wrangler's process group when its standard input closes.
-struct Keeper {
-    shell: Child,
-    group: u32,
 }
 
 impl Worker {
@@ -92,9 +77,10 @@ impl Worker {
     /// Starts one with these variables changed or added.
     pub async fn start(changes: &[(&str, &str)]) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        for needed in ["build/index.js", "node_modules/.bin/wrangler"] {
+        for needed in ["build/index.js", "node_modules/wrangler"] {
             assert!(root.join(needed).exists(), "{needed} is missing: run `make build` first");
         }
+        assert!(!GAVE_UP.load(Ordering::SeqCst), "a Worker did not start: see the test that says why");
         let folder = tempfile::Builder::new().prefix("inkstone-e2e-").tempdir().expect("a temporary folder").keep();
         std::fs::write(folder.join("empty.env"), "").expect("a writable folder");
         copy(&template_state().await, &folder.join("state"));
@@ -110,6 +96,11 @@ impl Worker {
         worker
     }
 
+    /// A new user of the shared Worker.
+    pub async fn anyone() -> User {
+        Self::shared().await.user("writer")
+    }
+
     /// A new user of this Worker.
     pub fn user(&self, role: &str) -> User {
         User::new(&self.origin, role)
@@ -123,9 +114,7 @@ impl Worker {
     /// Kills workerd by SIGKILL and then what is left of wrangler: no chance for anyone to tidy up.
     pub fn kill_9(&self) {
         let keeper = self.keeper.lock().expect("no holder panics").take().expect("a running Worker");
-        let victims = processes(keeper.group, "workerd");
-        assert!(!victims.is_empty(), "no workerd in wrangler's group");
-        signal_9(&victims);
+        keeper.kill_9("workerd");
         keeper.end(true);
     }
 
@@ -146,7 +135,9 @@ impl Worker {
         arguments.extend(["--show-interactive-dev-session=false", "--persist-to", &state, "--env-file", &empty]);
         let variables: Vec<_> = self.variables.iter().map(|(name, value)| format!("{name}:{value}")).collect();
         arguments.extend(variables.iter().flat_map(|variable| ["--var", variable]));
-        let keeper = Keeper::start(&self.log_path(), &self.folder, &arguments);
+        let mut wrangler = wrangler(&self.folder);
+        wrangler.args(arguments);
+        let keeper = Keeper::start(&wrangler, &self.log_path(), &self.folder);
         *self.keeper.lock().expect("no holder panics") = Some(keeper);
 
         let http = reqwest::Client::new();
@@ -156,6 +147,7 @@ impl Worker {
             (answer.status() == 200).then_some(())
         });
         if tokio::time::timeout(START_LIMIT - Duration::from_secs(1), serving).await.is_err() {
+            GAVE_UP.store(true, Ordering::SeqCst);
             let log = self.log();
             let tail: Vec<_> = log.lines().rev().take(40).collect();
             panic!("the Worker did not start:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
@@ -167,41 +159,6 @@ impl Drop for Worker {
     fn drop(&mut self) {
         if let Ok(Some(keeper)) = self.keeper.get_mut().map(Option::take) {
             keeper.end(false);
-        }
-    }
-}
-
-impl Keeper {
-    fn start(log: &Path, folder: &Path, wrangler: &[&str]) -> Self {
-        let mut shell = Command::new("bash")
-            .args(["-c", KEEPER, "keeper"])
-            .args([log, folder])
-            .arg("wrangler")
-            .args(wrangler)
-            .envs(wrangler_environment(folder))
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("bash");
-        let mut line = String::new();
-        let stdout = shell.stdout.take().expect("a piped stdout");
-        BufReader::new(stdout).read_line(&mut line).expect("the keeper's first line");
-        Self { shell, group: line.trim().parse().expect("a process id") }
-    }
-
-    /// Ends the group; with `keep` its files stay, for a restart.
-    fn end(mut self, keep: bool) {
-        let mut stdin = self.shell.stdin.take().expect("a piped stdin");
-        if keep {
-            let _ = stdin.write_all(b"keep\n");
-        }
-        drop(stdin);
-        let _ = self.shell.wait();
-        // A killed process holds its port until the kernel has taken it down.
-        while !processes(self.group, "").is_empty() {
-            std::thread::yield_now();
         }
     }
 }
@@ -233,46 +190,52 @@ fn variables(changes: &[(&str, &str)]) -> Vec<(String, String)> {
     variables
 }
 
-/// State with the migrations applied, made once and copied for every Worker.
+/// State with the migrations applied. Kept among cargo's files from run to run, by what it is made of.
 async fn template_state() -> PathBuf {
-    static TEMPLATE: OnceCell<tempfile::TempDir> = OnceCell::const_new();
+    static TEMPLATE: OnceCell<PathBuf> = OnceCell::const_new();
     let template = TEMPLATE.get_or_init(|| async {
-        let folder = tempfile::Builder::new().prefix("inkstone-e2e-template-").tempdir().expect("a temporary folder");
-        let migrating = tokio::process::Command::new("wrangler")
-            .args(["d1", "migrations", "apply", "DB", "--local", "--persist-to"])
-            .arg(folder.path())
-            .envs(wrangler_environment(folder.path()))
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
-        let output = super::within(PATIENCE, "the migrations", migrating).await.expect("wrangler runs");
-        let printed = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "migrations failed: {} {printed}", String::from_utf8_lossy(&output.stdout));
-        folder
+        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("e2e-state-{}", ingredients()));
+        if !kept.exists() {
+            let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary folder");
+            migrate(folder.path()).await;
+            // A second test process may have been faster, and its folder is as good.
+            let _ = std::fs::rename(folder.path(), &kept);
+        }
+        kept
     });
-    template.await.path().to_owned()
+    template.await.clone()
 }
 
-/// wrangler asks `PATH` for node and must find ours, and must neither phone home nor write beside other runs' files.
-fn wrangler_environment(folder: &Path) -> [(&'static str, std::ffi::OsString); 11] {
-    let root = || Path::new(env!("CARGO_MANIFEST_DIR")).join("node_modules/.bin");
-    let bin = std::env::var_os("INKSTONE_NODE_BIN").map_or_else(root, PathBuf::from);
-    let old = std::env::var_os("PATH").unwrap_or_default();
-    let path = std::env::join_paths(std::iter::once(bin).chain(std::env::split_paths(&old))).expect("a PATH");
-    [
-        ("PATH", path),
-        ("CI", "1".into()),
-        ("NO_COLOR", "1".into()),
-        ("WRANGLER_SEND_METRICS", "false".into()),
-        ("WRANGLER_HIDE_BANNER", "true".into()),
-        ("WRANGLER_WRITE_LOGS", "false".into()),
-        ("CLOUDFLARE_CF_FETCH_ENABLED", "false".into()),
-        ("CLOUDFLARE_LOAD_DEV_VARS_FROM_DOT_ENV", "false".into()),
-        ("X_LOCAL_EXPLORER", "false".into()),
-        ("X_LOCAL_OBSERVABILITY", "false".into()),
-        ("WRANGLER_REGISTRY_PATH", folder.join("registry").into()),
-    ]
+/// A fingerprint of everything that decides what a migrated state looks like.
+fn ingredients() -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let migrations = std::fs::read_dir(root.join("migrations")).expect("migrations/");
+    let mut files: Vec<_> = migrations.map(|entry| entry.expect("an entry").path()).collect();
+    files.sort();
+    files.extend(["wrangler.toml", "package.json"].map(|name| root.join(name)));
+    let mut hash = Sha256::new();
+    for file in files {
+        hash.update(file.as_os_str().as_encoded_bytes());
+        hash.update(std::fs::read(&file).expect("a readable file"));
+    }
+    hex::encode(&hash.finalize()[..8])
+}
+
+async fn migrate(folder: &Path) {
+    let mut migrating = tokio::process::Command::from(wrangler(folder));
+    migrating.args(["d1", "migrations", "apply", "DB", "--local", "--persist-to"]).arg(folder);
+    let output = migrating.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = within(PATIENCE, "the migrations", output).await.expect("wrangler runs");
+    let printed = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "migrations failed: {}", String::from_utf8_lossy(&printed));
+}
+
+/// The project's own wrangler, with the variables its script sets; `registry` keeps Workers of the same name apart.
+fn wrangler(registry: &Path) -> Command {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut wrangler = Command::new(root.join("tools/wrangler"));
+    wrangler.env("NO_COLOR", "1").env("WRANGLER_REGISTRY_PATH", registry.join("registry")).current_dir(root);
+    wrangler
 }
 
 /// A port that nothing listens on, below the range from which outgoing connections take theirs: a restart needs it again.
@@ -285,25 +248,6 @@ fn free_port() -> u16 {
             return port;
         }
     }
-}
-
-/// The living processes of a group whose name ends so.
-fn processes(group: u32, name: &str) -> Vec<u32> {
-    let output = Command::new("ps").args(["-A", "-o", "pid=,pgid=,stat=,comm="]).output().expect("ps");
-    let listed = String::from_utf8_lossy(&output.stdout).into_owned();
-    let matching = listed.lines().filter_map(|line| {
-        let mut fields = line.split_whitespace();
-        let (pid, pgid, state, command) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-        let found = pgid.parse() == Ok(group) && !state.starts_with('Z') && command.ends_with(name);
-        found.then(|| pid.parse().ok())?
-    });
-    matching.collect()
-}
-
-fn signal_9(processes: &[u32]) {
-    let ids = processes.iter().map(u32::to_string);
-    let status = Command::new("kill").arg("-9").args(ids).status().expect("kill");
-    assert!(status.success(), "kill -9 {processes:?}");
 }
 
 fn copy(from: &Path, to: &Path) {
