@@ -1,0 +1,412 @@
+//! `/ai/chat…` (contract 2.2, 2.3): parse and check the request, ask the session's object, shape the answer.
+//!
+//! Invariant: the object's name is made from the verified caller and an id of ours, so no route can reach another's session.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use worker::Response;
+
+use super::index::{self, Filter};
+use super::settings::Settings;
+use super::turn::{self, ClientMessage, Options};
+use super::{Call, Command, Delivery, Patch, Status, Turn, TurnKind, wire};
+use crate::error::ApiError;
+use crate::generation::event::Mode;
+use crate::generation::store::IdempotencyKey;
+use crate::platform::request::{Body, Ctx, is_id};
+use crate::platform::{call, clock, ids, log, respond};
+use crate::quota::client::LedgerClient;
+
+const BINDING: &str = "CHAT_SESSION";
+/// A non-streaming answer is given after this at the latest, with what there is, ms (contract 3.5 rule 8: aim for 12 s).
+const WHOLE_MS: i64 = 12_000;
+/// An object answers everything but a turn within this, ms.
+const CALL_MS: u64 = 10_000;
+/// What a turn may take beyond the provider's first event, ms.
+const TURN_SLACK_MS: u64 = 30_000;
+/// Longest idempotency key (as Stripe's), bytes.
+const KEY_BYTES_MAX: usize = 255;
+/// The list in D1 must answer within this, ms.
+const LIST_MS: u64 = 8_000;
+
+type Answer = Result<Response, ApiError>;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Say {
+    #[serde(alias = "content")]
+    message: String,
+    #[serde(default)]
+    session_id: Option<String>,
+    #[serde(default)]
+    project_id: Option<String>,
+    #[serde(default)]
+    options: Option<Options>,
+    #[serde(default)]
+    history: Option<Vec<ClientMessage>>,
+}
+
+#[derive(Deserialize)]
+struct Edit {
+    #[serde(alias = "content")]
+    message: String,
+    #[serde(default)]
+    options: Option<Options>,
+    #[serde(default)]
+    stream: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct Again {
+    #[serde(default)]
+    options: Option<Options>,
+    #[serde(default)]
+    stream: Option<bool>,
+}
+
+/// `POST /ai/chat`: a turn, answered whole within the client's 15 s.
+///
+/// # Errors
+/// 400, 404, 409, 413, 429, 5xx by contract 1.4.
+pub async fn send(mut ctx: Ctx) -> Answer {
+    let body = ctx.body::<Say>().await?;
+    say(&ctx, body, whole()).await
+}
+
+/// `POST /ai/chat/stream`: a turn as events.
+///
+/// # Errors
+/// As [`send`], before the first event.
+pub async fn send_stream(mut ctx: Ctx) -> Answer {
+    let mode = stream_mode(&ctx)?;
+    let body = ctx.body::<Say>().await?;
+    say(&ctx, body, Delivery::Stream(mode)).await
+}
+
+async fn say(ctx: &Ctx, body: Body<Say>, delivery: Delivery) -> Answer {
+    let Body { value: say, fingerprint } = body;
+    turn::checked_message(&say.message)?;
+    let named = say.session_id.filter(|id| !id.is_empty());
+    if named.as_deref().is_some_and(|id| !is_id(id)) {
+        return Err(ApiError::not_found("会话"));
+    }
+    let create = named.is_none();
+    let kind = TurnKind::Ask {
+        content: say.message,
+        history: if create { say.history.unwrap_or_default() } else { Vec::new() },
+        project_id: say.project_id.filter(|id| !id.is_empty()),
+        create,
+    };
+    let session_id = named.unwrap_or_else(|| ids::new_id(clock::now_ms()));
+    run(ctx, session_id, kind, say.options.unwrap_or_default(), fingerprint, delivery).await
+}
+
+/// `PUT …/messages/:message`: another wording of a question, answered anew. Whole, or as events if asked for.
+///
+/// # Errors
+/// As [`send`]; 400/1017 for an answer's id.
+pub async fn edit(mut ctx: Ctx) -> Answer {
+    let (session_id, message_id) = (ctx.id(0, "会话")?, ctx.id(1, "消息")?);
+    let Body { value: edit, fingerprint } = ctx.body::<Edit>().await?;
+    turn::checked_message(&edit.message)?;
+    let options = edit.options.unwrap_or_default();
+    let delivery = delivery(&ctx, edit.stream.or(options.stream))?;
+    run(&ctx, session_id, TurnKind::Edit { message_id, content: edit.message }, options, fingerprint, delivery).await
+}
+
+/// `POST …/messages/:message/regenerate`: another answer to the same question. Whole, or as events if asked for.
+///
+/// # Errors
+/// As [`send`].
+pub async fn regenerate(mut ctx: Ctx) -> Answer {
+    let (session_id, message_id) = (ctx.id(0, "会话")?, ctx.id(1, "消息")?);
+    let Body { value: again, fingerprint } = ctx.body::<Again>().await?;
+    let options = again.options.unwrap_or_default();
+    let delivery = delivery(&ctx, again.stream.or(options.stream))?;
+    run(&ctx, session_id, TurnKind::Again { message_id }, options, fingerprint, delivery).await
+}
+
+fn whole() -> Delivery {
+    Delivery::Whole { until: clock::now_ms() + WHOLE_MS }
+}
+
+fn delivery(ctx: &Ctx, stream: Option<bool>) -> Result<Delivery, ApiError> {
+    let accepts = ctx.header("accept").is_some_and(|accept| accept.contains("text/event-stream"));
+    let asked = ctx.param("stream").map(|word| word == "true");
+    if stream.or(asked).unwrap_or(accepts) { Ok(Delivery::Stream(stream_mode(ctx)?)) } else { Ok(whole()) }
+}
+
+fn stream_mode(ctx: &Ctx) -> Result<Mode, ApiError> {
+    Mode::parse(ctx.param("stream_mode")).ok_or_else(|| ApiError::invalid("stream_mode", "必须是 delta、cumulative 或 text"))
+}
+
+/// Sends a turn to its session. With an idempotency key, the caller's ledger tells which session its first try went to.
+async fn run(ctx: &Ctx, session_id: String, kind: TurnKind, options: Options, fingerprint: String, delivery: Delivery) -> Answer {
+    let started_ms = clock::now_ms();
+    let (key, session_id) = match ctx.header("idempotency-key") {
+        None => (None, session_id),
+        Some(key) if key.len() > KEY_BYTES_MAX => {
+            return Err(ApiError::invalid("Idempotency-Key", format!("不能超过 {KEY_BYTES_MAX} 字节")));
+        }
+        Some(key) => {
+            let bound = LedgerClient::of(&ctx.env, ctx.caller()?).claim(&key, &fingerprint, &session_id).await?;
+            (Some(IdempotencyKey { key, fingerprint }), bound)
+        }
+    };
+    let command = Command::Turn(Box::new(Turn { kind, options, key, delivery }));
+    let limit_ms = u64::try_from(ctx.config.stream_idle_ms).unwrap_or(0) + TURN_SLACK_MS;
+    let response = ask(ctx, &session_id, command, limit_ms).await?;
+    match delivery {
+        Delivery::Stream(_) => events(response).await,
+        Delivery::Whole { .. } => {
+            let answer: Value = call::outcome(BINDING, response).await?;
+            respond::ok(&ctx.request_id, "操作成功", &whole_answer(ctx, &answer, started_ms))
+        }
+    }
+}
+
+/// The superset both clients read (contract 2.2 and 5 row 8).
+fn whole_answer(ctx: &Ctx, answer: &Value, started_ms: i64) -> Value {
+    let now_ms = clock::now_ms();
+    let created = ctx.config.zone.rfc3339(now_ms);
+    let text = &answer["text"];
+    json!({
+        "sessionId": answer["sessionId"],
+        "messageId": answer["messageId"],
+        "requestId": answer["requestId"],
+        "message": {
+            "id": answer["messageId"], "role": "assistant", "content": text,
+            "timestamp": created, "createdAt": created, "metadata": {},
+        },
+        "reply": text,
+        "tokensUsed": answer["tokensUsed"],
+        "model": answer["model"],
+        "contextUsed": answer["contextUsed"],
+        "finishReason": answer["finishReason"],
+        "responseTime": (now_ms - started_ms).saturating_mul(1_000_000),
+        "usage": answer["usage"],
+    })
+}
+
+/// Hands an object's events on untouched, or its refusal as an error.
+async fn events(response: Response) -> Answer {
+    let is_stream =
+        response.headers().get("content-type").ok().flatten().is_some_and(|kind| kind.starts_with("text/event-stream"));
+    if is_stream {
+        return Ok(response);
+    }
+    match call::outcome::<Value>(BINDING, response).await {
+        Err(error) => Err(error),
+        Ok(_) => Err(ApiError::internal()),
+    }
+}
+
+async fn ask(ctx: &Ctx, session_id: &str, command: Command, limit_ms: u64) -> Answer {
+    let caller = ctx.caller()?.clone();
+    let name = format!("{}/{session_id}", caller.user_id);
+    let call = Call { caller, session_id: session_id.to_owned(), command };
+    call::raw(&ctx.env, BINDING, &name, &call, limit_ms).await
+}
+
+async fn ask_value(ctx: &Ctx, command: Command) -> Result<Value, ApiError> {
+    let session_id = ctx.id(0, "会话")?;
+    call::outcome(BINDING, ask(ctx, &session_id, command, CALL_MS).await?).await
+}
+
+/// `GET …/sessions/:id/stream?messageId=`: goes on after `Last-Event-ID`, or from the first event.
+///
+/// # Errors
+/// 404 when there is nothing to go on with; 400 for an id that is no number.
+pub async fn resume(ctx: Ctx) -> Answer {
+    let session_id = ctx.id(0, "会话")?;
+    let after = match ctx.header("last-event-id") {
+        None => 0,
+        Some(text) => text.trim().parse().map_err(|_| ApiError::invalid("Last-Event-ID", "必须是事件的序号"))?,
+    };
+    let message_id = ctx.param("messageId").map(str::to_owned);
+    let command = Command::Resume { message_id, after, mode: stream_mode(&ctx)? };
+    let limit_ms = u64::try_from(ctx.config.stream_idle_ms).unwrap_or(0) + TURN_SLACK_MS;
+    events(ask(&ctx, &session_id, command, limit_ms).await?).await
+}
+
+/// `POST …/sessions/:id/stop`: stops the running generation; what was delivered is kept and charged.
+///
+/// # Errors
+/// 404 for an unknown session.
+pub async fn stop(ctx: Ctx) -> Answer {
+    let data = ask_value(&ctx, Command::Stop).await?;
+    respond::ok(&ctx.request_id, "操作成功", &data)
+}
+
+/// `GET /ai/chat/sessions`: the caller's sessions, newest change first.
+///
+/// # Errors
+/// 400/1001 for a bad filter; 500/5001 when the list cannot be read.
+pub async fn list(ctx: Ctx) -> Answer {
+    let paged = ctx.param("page").is_some() || ctx.param("pageSize").is_some() || ctx.param("page_size").is_some();
+    let limit_name = if ctx.param("page_size").is_some() { "page_size" } else { "pageSize" };
+    let (limit, offset, page) = if paged {
+        let size = ctx.number(limit_name, 20, 1..=1_000)?;
+        let page = ctx.number("page", 1, 1..=1_000_000)?;
+        (size, (page - 1) * size, page)
+    } else {
+        (ctx.number("limit", 20, 1..=1_000_000)?, ctx.number("offset", 0, 0..=10_000_000)?, 1)
+    };
+    let status = match ctx.param("status") {
+        None => None,
+        Some("active") => Some(Status::Active),
+        Some("archived") => Some(Status::Archived),
+        Some(_) => return Err(ApiError::invalid("status", "必须是 active 或 archived")),
+    };
+    let filter = Filter {
+        user_id: &ctx.caller()?.user_id,
+        project_id: ctx.param("projectId"),
+        title: ctx.param("q"),
+        tag: ctx.param("tag"),
+        status,
+        limit,
+        offset,
+    };
+    let failed = |cause: &dyn std::fmt::Display| {
+        log::error("session_list", &ctx.request_id, cause);
+        ApiError::database()
+    };
+    let found = clock::within(LIST_MS, index::list(&ctx.env, &filter)).await.ok_or_else(|| failed(&"no answer in time"))?;
+    let (sessions, total) = found.map_err(|e| failed(&e))?;
+    let rows: Vec<Value> = sessions.iter().map(|session| wire::session(session, &ctx.config)).collect();
+    if paged {
+        respond::page(&ctx.request_id, rows, total, page, limit)
+    } else {
+        respond::ok(&ctx.request_id, "获取成功", &json!(rows))
+    }
+}
+
+/// `POST /ai/chat/sessions`: an empty session, 201.
+///
+/// # Errors
+/// 400/1001 naming the field.
+pub async fn create(mut ctx: Ctx) -> Answer {
+    let Body { value: fields, .. } = ctx.body::<Map<String, Value>>().await?;
+    let project_id = match fields.get("projectId") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(id)) if id.len() <= 128 => Some(id.clone()).filter(|id| !id.is_empty()),
+        Some(_) => return Err(ApiError::invalid("projectId", "必须是不超过 128 个字符的字符串")),
+    };
+    let mut patch = patch(&fields)?;
+    // An empty title at creation means none yet.
+    patch.title = patch.title.filter(|title| !title.trim().is_empty());
+    turn::check_patch(&ctx.config, &patch)?;
+    let session_id = ids::new_id(clock::now_ms());
+    let response = ask(&ctx, &session_id, Command::Create { project_id, patch }, CALL_MS).await?;
+    let data: Value = call::outcome(BINDING, response).await?;
+    respond::created(&ctx.request_id, &data)
+}
+
+/// `PUT …/sessions/:id`: title, status, tags, settings (as an object or flat).
+///
+/// # Errors
+/// 400/1001 naming the field, 404.
+pub async fn update(mut ctx: Ctx) -> Answer {
+    let Body { value: fields, .. } = ctx.body::<Map<String, Value>>().await?;
+    let patch = patch(&fields)?;
+    turn::check_patch(&ctx.config, &patch)?;
+    let data = ask_value(&ctx, Command::Update(patch)).await?;
+    respond::ok(&ctx.request_id, "更新成功", &data)
+}
+
+/// A session's changes from a body that may hold the settings as an object, flat, or both.
+fn patch(fields: &Map<String, Value>) -> Result<Patch, ApiError> {
+    #[derive(Deserialize)]
+    struct Plain {
+        title: Option<String>,
+        status: Option<Status>,
+        tags: Option<Vec<String>>,
+    }
+    fn read<T: serde::de::DeserializeOwned>(value: Value, under: &str) -> Result<T, ApiError> {
+        serde_path_to_error::deserialize(value)
+            .map_err(|e| ApiError::invalid(&format!("{under}{}", e.path()), "类型或取值不正确"))
+    }
+    let plain: Plain = read(Value::Object(fields.clone()), "")?;
+    let flat: Settings = read(Value::Object(fields.clone()), "")?;
+    let settings = match fields.get("settings") {
+        None | Some(Value::Null) => flat,
+        Some(nested) => flat.overlaid(&read(nested.clone(), "settings.")?),
+    };
+    Ok(Patch { title: plain.title, status: plain.status, tags: plain.tags, settings })
+}
+
+/// `GET …/sessions/:id`: the session with a page of its messages; `?view=history` is the old backend's nested form.
+///
+/// # Errors
+/// 400/1001 for a bad page, 404.
+pub async fn read(ctx: Ctx) -> Answer {
+    let mut found = page(&ctx).await?;
+    if ctx.param("view") == Some("history") {
+        let (session, messages) = (found["session"].take(), found["messages"].take());
+        let data = json!({
+            "session": session,
+            "messages": {"messages": messages, "total": found["total"], "limit": found["limit"], "offset": found["offset"]},
+        });
+        return respond::ok(&ctx.request_id, "获取成功", &data);
+    }
+    let session = found["session"].take();
+    let mut data = session.clone();
+    if let Some(fields) = data.as_object_mut() {
+        fields.insert("session".to_owned(), session);
+        fields.insert("messages".to_owned(), found["messages"].take());
+        fields.insert("messagesTotal".to_owned(), found["total"].take());
+        fields.insert("limit".to_owned(), found["limit"].take());
+        fields.insert("offset".to_owned(), found["offset"].take());
+    }
+    respond::ok(&ctx.request_id, "获取成功", &data)
+}
+
+async fn page(ctx: &Ctx) -> Result<Value, ApiError> {
+    let (limit, offset) = (ctx.number("limit", 50, 1..=100)?, ctx.number("offset", 0, 0..=10_000_000)?);
+    ask_value(ctx, Command::Read { limit, offset }).await
+}
+
+/// `GET …/sessions/:id/messages`: a page of the active path, oldest first.
+///
+/// # Errors
+/// As [`read`].
+pub async fn messages(ctx: Ctx) -> Answer {
+    let mut found = page(&ctx).await?;
+    if let Some(fields) = found.as_object_mut() {
+        fields.remove("session");
+    }
+    respond::ok(&ctx.request_id, "获取成功", &found)
+}
+
+/// `DELETE …/sessions/:id/messages`: clears the history.
+///
+/// # Errors
+/// 404; 409 while a turn runs.
+pub async fn clear(ctx: Ctx) -> Answer {
+    let data = ask_value(&ctx, Command::Clear).await?;
+    respond::ok(&ctx.request_id, "操作成功", &data)
+}
+
+/// `DELETE …/sessions/:id`: deletes the session; a running turn is stopped and charged.
+///
+/// # Errors
+/// 404.
+pub async fn delete(ctx: Ctx) -> Answer {
+    let data = ask_value(&ctx, Command::Delete).await?;
+    respond::ok(&ctx.request_id, "操作成功", &data)
+}
+
+/// `PUT …/sessions/:id/path` `{messageId}`: shows the path through that message.
+///
+/// # Errors
+/// 400/1001, 404, 409 while a turn runs.
+pub async fn set_path(mut ctx: Ctx) -> Answer {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Path {
+        message_id: String,
+    }
+    let Body { value: path, .. } = ctx.body::<Path>().await?;
+    let data = ask_value(&ctx, Command::SetPath { message_id: path.message_id }).await?;
+    respond::ok(&ctx.request_id, "更新成功", &data)
+}

@@ -1,0 +1,521 @@
+//! The engine: takes the hold, calls the provider, pumps its stream into log and message, settles, tells the end.
+//!
+//! It runs in the owning object's `wait_until`, never in a client's request: whoever watches may leave. Invariants:
+//! - nothing is called before the hold stands, and every way out resolves the hold;
+//! - a client's HTTP answer begins only after the provider's first event, so that its failures get a real status;
+//! - the log is durable at most a second behind what was sent, and complete before the end is told;
+//! - the text and how it ended are saved before the charge, the charge is made before the end is told; a kill anywhere
+//!   leaves a row from which [`Engine::recover`] goes on.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use futures::future::{Either, LocalBoxFuture, join, select};
+use worker::{Env, State};
+
+use super::event::Event;
+use super::live::{Finished, Live, StopWish};
+use super::store::{self, IdempotencyKey, Row};
+use super::{Ending, Job, meter};
+use crate::config::Config;
+use crate::error::ApiError;
+use crate::llm::answer::{Answer, Broken};
+use crate::llm::client::{self, Connection};
+use crate::llm::{ChatRequest, tokens};
+use crate::platform::sql::{Sql, SqlError};
+use crate::platform::{clock, log};
+use crate::quota::client::LedgerClient;
+use crate::quota::{Crossing, EndReason, Reserve, Usage};
+
+/// The pump looks at its clocks this often, ms: the grain of every limit below.
+const TICK_MS: u64 = 200;
+/// Events are made durable at least this often, ms.
+const FLUSH_MS: i64 = 800;
+/// A running generation renews its hold this often, ms.
+const RENEW_MS: i64 = 60_000;
+/// After the provider's `finish_reason`, usage and `[DONE]` may take this long, ms.
+const TAIL_MS: i64 = 5_000;
+/// The index in D1 may delay the end of a stream by at most this, ms.
+const PUBLISH_MS: u64 = 2_000;
+/// Ids above the stored log that an interrupted generation may have sent: an answer has at most 2^20 bytes and every
+/// event at least one, so the end told after a kill lies above any id sent before it.
+const UNSTORED_IDS_MAX: u64 = (1 << 20) + 64;
+
+/// What an owner does with a generation's text. The calls are synchronous: each is one commit with the engine's rows.
+pub trait Owner {
+    /// The provider has begun: make the messages.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    fn begun(&self, job: &Job) -> Result<(), SqlError>;
+    /// It has ended: save the text and how.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn ended(&self, job: &Job, text: &str, reasoning: &str, ending: &Ending) -> Result<(), SqlError>;
+    /// Bring indexes up to date; may fail quietly, the owner tries again.
+    fn publish(self: Rc<Self>) -> LocalBoxFuture<'static, ()>;
+}
+
+/// The engine of one object.
+pub struct Engine {
+    state: Rc<State>,
+    env: Env,
+    sql: Sql,
+    lives: RefCell<HashMap<String, Rc<Live>>>,
+}
+
+impl Engine {
+    /// The engine of `state`'s object.
+    #[must_use]
+    pub fn new(state: Rc<State>, env: Env) -> Rc<Self> {
+        let sql = Sql::of(&state);
+        Rc::new(Self { state, env, sql, lives: RefCell::new(HashMap::new()) })
+    }
+
+    /// The living generation of that id, if this instance runs it.
+    #[must_use]
+    pub fn live(&self, id: &str) -> Option<Rc<Live>> {
+        self.lives.borrow().get(id).cloned()
+    }
+
+    /// A generation to read from: the living one, or its log.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn attach(&self, row: &Row) -> Result<Rc<Live>, SqlError> {
+        if let Some(live) = self.live(&row.job.ids.request_id) {
+            return Ok(live);
+        }
+        let events = store::log(&self.sql, &row.job.ids.request_id)?;
+        let ending = row.ending.clone().unwrap_or_else(|| interrupted(None));
+        let finished = Finished { text: text_of(&events), ending, charged: row.charged };
+        Ok(Live::replay(row.job.ids.clone(), events, finished))
+    }
+
+    /// Starts `job`: writes its row, then runs it whether or not anybody stays to watch.
+    ///
+    /// # Errors
+    /// When the row cannot be written; nothing runs then.
+    pub fn start(self: &Rc<Self>, owner: Rc<dyn Owner>, job: Job, key: Option<&IdempotencyKey>) -> Result<Rc<Live>, SqlError> {
+        store::insert(&self.sql, &job, key, clock::now_ms())?;
+        let live = self.register(&job);
+        let (engine, shared) = (self.clone(), live.clone());
+        self.state.wait_until(async move { engine.run(owner, job, shared).await });
+        Ok(live)
+    }
+
+    fn register(&self, job: &Job) -> Rc<Live> {
+        let live = Live::new(job.ids.clone());
+        self.lives.borrow_mut().insert(job.ids.request_id.clone(), live.clone());
+        live
+    }
+
+    /// Takes up what an earlier instance left: interrupted generations are closed and charged for what they had
+    /// delivered, unfinished settlements are finished. Synchronous up to the charge, which runs by itself.
+    ///
+    /// # Errors
+    /// When rows cannot be read or written.
+    pub fn recover(self: &Rc<Self>, owner: &Rc<dyn Owner>) -> Result<(), SqlError> {
+        for row in store::unfinished(&self.sql)? {
+            let id = row.job.ids.request_id.clone();
+            if self.live(&id).is_some() {
+                continue;
+            }
+            let events = store::log(&self.sql, &id)?;
+            let text = text_of(&events);
+            let last = events.last().map_or(0, |(seq, _)| *seq);
+            let (ending, next_seq) = match (row.state.as_str(), row.ending) {
+                ("unsettled", Some(ending)) => {
+                    self.settle_later(row.job, ending);
+                    continue;
+                }
+                (_, Some(ending)) => (ending, last + 1),
+                (state, None) => {
+                    if state == "starting" {
+                        owner.begun(&row.job)?;
+                    }
+                    let ending = interrupted(estimate(&row.job, &text, &events));
+                    owner.ended(&row.job, &text, "", &ending)?;
+                    store::ended(&self.sql, &id, &ending, clock::now_ms())?;
+                    (ending, last + UNSTORED_IDS_MAX)
+                }
+            };
+            let live = self.register(&row.job);
+            live.append(&events);
+            let (engine, owner) = (self.clone(), owner.clone());
+            self.state.wait_until(async move { engine.conclude(owner, row.job, live, text, ending, next_seq).await });
+        }
+        Ok(())
+    }
+
+    fn settle_later(self: &Rc<Self>, job: Job, ending: Ending) {
+        let engine = self.clone();
+        self.state.wait_until(async move {
+            let (charged, _) = engine.charge(&job, &ending).await;
+            if let Err(cause) = store::told(&engine.sql, &job.ids.request_id, charged) {
+                log::error("settle_later", &job.ids.request_id, &cause);
+            }
+        });
+    }
+
+    async fn run(self: Rc<Self>, owner: Rc<dyn Owner>, job: Job, live: Rc<Live>) {
+        let (id, ledger) = (job.ids.request_id.clone(), LedgerClient::of(&self.env, &job.caller));
+        let primed = match self.prime(&job, &live, &ledger).await {
+            Ok(primed) => self.begin(&*owner, &job, &live).map(|()| primed).map_err(|cause| {
+                log::error("begin", &id, &cause);
+                ApiError::internal()
+            }),
+            Err(error) => Err(error),
+        };
+        match primed {
+            Ok(primed) => self.pump(owner, job, live, primed).await,
+            Err(error) => {
+                // The hold may stand (the provider failed) or not (the ledger refused): releasing is right for both.
+                if error.code != 3010 && error.code != 3011 && ledger.release(&job.hold_id).await.is_err() {
+                    log::error("release", &id, &"left to its expiry");
+                }
+                if let Err(cause) = store::forget(&self.sql, &id) {
+                    log::error("forget", &id, &cause);
+                }
+                self.lives.borrow_mut().remove(&id);
+                live.refuse(error);
+            }
+        }
+    }
+
+    /// Takes the hold, calls the provider and waits for its first event.
+    async fn prime(&self, job: &Job, live: &Live, ledger: &LedgerClient) -> Result<Primed, ApiError> {
+        let config = Config::of(&self.env)?;
+        let granted = ledger.reserve(reservation(job, config.hold_ttl_ms)).await?;
+        let request = ChatRequest::new(job.upstream.clone(), job.prompt.clone(), granted, job.sampling);
+        let first_event = async {
+            let connection = client::open(&config, &request, &job.ids.request_id).await?;
+            let (mut answer, mut pieces, mut result) = (Answer::default(), Vec::new(), Ok(()));
+            while answer.events == 0 && result.is_ok() {
+                let Some(bytes) = connection.next().await? else { break };
+                result = answer.feed(&bytes, |piece| pieces.push(piece.to_owned()));
+            }
+            // What came before a break is delivered; a break with nothing before it is a refusal.
+            if let (Err(broken), true) = (&result, pieces.is_empty()) {
+                return Err(refusal(broken));
+            }
+            if answer.events == 0 {
+                return Err(ApiError::provider_bad_answer("the model service ended without an event"));
+            }
+            Ok(Primed { connection: Some(connection), answer, pieces, result })
+        };
+        let limit_ms = u64::try_from(config.stream_idle_ms).unwrap_or(30_000);
+        match select(std::pin::pin!(clock::within(limit_ms, first_event)), std::pin::pin!(live.stopped())).await {
+            Either::Left((Some(primed), _)) => primed,
+            Either::Left((None, _)) | Either::Right((StopWish::Time, _)) => Err(ApiError::provider_timeout()),
+            Either::Right((StopWish::Author, _)) => {
+                Ok(Primed { connection: None, answer: Answer::default(), pieces: vec![], result: Ok(()) })
+            }
+        }
+    }
+
+    /// One commit: the messages are there, the generation runs.
+    fn begin(&self, owner: &dyn Owner, job: &Job, live: &Live) -> Result<(), SqlError> {
+        let meta = [(1, Event::Meta { model: job.model.clone() })];
+        owner.begun(job)?;
+        store::begun(&self.sql, &job.ids.request_id)?;
+        store::append(&self.sql, &job.ids.request_id, &meta)?;
+        live.append(&meta);
+        Ok(())
+    }
+
+    async fn pump(self: Rc<Self>, owner: Rc<dyn Owner>, job: Job, live: Rc<Live>, primed: Primed) {
+        let mut pump = Pump::new(&self, &job, &live, primed.answer);
+        pump.deliver(primed.pieces);
+        let outcome = match primed.connection {
+            Some(connection) => pump.read(connection, primed.result).await,
+            None => Outcome::Stopped(StopWish::Author),
+        };
+        let (answer, next_seq) = (pump.finish(), pump.next_seq);
+        let ending = ending(&job, &answer, &outcome);
+        let saved = store::ended(&self.sql, &job.ids.request_id, &ending, clock::now_ms())
+            .and_then(|()| owner.ended(&job, &answer.text, &answer.reasoning, &ending));
+        if let Err(cause) = saved {
+            log::error("save_answer", &job.ids.request_id, &cause);
+        }
+        self.conclude(owner, job, live, answer.text, ending, next_seq).await;
+    }
+
+    /// Charges, tells the end, forgets the living state. The text and the ending are saved by now.
+    async fn conclude(
+        self: Rc<Self>,
+        owner: Rc<dyn Owner>,
+        job: Job,
+        live: Rc<Live>,
+        text: String,
+        ending: Ending,
+        next_seq: u64,
+    ) {
+        let publish = clock::within(PUBLISH_MS, owner.publish());
+        let ((charged, crossings), _) = join(self.charge(&job, &ending), publish).await;
+        let terminal = match &ending.error {
+            Some(error) => Event::error(error),
+            None => Event::Done {
+                finish: ending.finish_reason.clone(),
+                model: job.model.clone(),
+                usage: ending.usage.unwrap_or_default(),
+            },
+        };
+        let last = crossings.into_iter().map(Event::Quota).chain([terminal]);
+        let events: Vec<(u64, Event)> = (next_seq..).zip(last).collect();
+        let id = &job.ids.request_id;
+        if let Err(cause) = store::append(&self.sql, id, &events).and_then(|()| store::told(&self.sql, id, charged)) {
+            log::error("tell_end", id, &cause);
+        }
+        self.lives.borrow_mut().remove(id);
+        live.append(&events);
+        live.end(Finished { text, ending, charged: charged.unwrap_or(0) });
+    }
+
+    /// Settles or releases the hold; `None` when the ledger stayed unreachable (the owner's alarm tries again).
+    async fn charge(&self, job: &Job, ending: &Ending) -> (Option<u64>, Vec<Crossing>) {
+        let ledger = LedgerClient::of(&self.env, &job.caller);
+        let outcome = match ending.usage {
+            Some(usage) => ledger.settle(&job.hold_id, usage, ending.reason).await.map(|done| (done.charged, done.crossings)),
+            None => ledger.release(&job.hold_id).await.map(|()| (0, Vec::new())),
+        };
+        match outcome {
+            Ok((charged, crossings)) => (Some(charged), crossings),
+            // The ledger answered and will not change its mind: the hold is gone, nothing can be charged.
+            Err(error) if error.details.is_some() => {
+                log::error("settle_refused", &job.ids.request_id, &error);
+                (Some(0), Vec::new())
+            }
+            Err(error) => {
+                log::error("settle", &job.ids.request_id, &error);
+                (None, Vec::new())
+            }
+        }
+    }
+}
+
+/// A provider that has begun, and what it has said so far.
+struct Primed {
+    connection: Option<Connection>,
+    answer: Answer,
+    pieces: Vec<String>,
+    result: Result<(), Broken>,
+}
+
+/// Why the pump stopped reading.
+enum Outcome {
+    Complete,
+    Stopped(StopWish),
+    Stalled,
+    Broken(Broken),
+}
+
+/// The loop between the provider and the log.
+struct Pump<'a> {
+    engine: &'a Engine,
+    job: &'a Job,
+    live: &'a Live,
+    answer: Answer,
+    /// Events that are sent but not durable yet.
+    pending: Vec<(u64, Event)>,
+    next_seq: u64,
+    delivered: u64,
+    flushed_at: i64,
+    heard_at: i64,
+    beat_at: i64,
+    renewed_at: i64,
+    finish_at: Option<i64>,
+}
+
+impl<'a> Pump<'a> {
+    fn new(engine: &'a Engine, job: &'a Job, live: &'a Live, answer: Answer) -> Self {
+        let now = clock::now_ms();
+        Self {
+            engine,
+            job,
+            live,
+            answer,
+            pending: Vec::new(),
+            next_seq: 2,
+            delivered: 0,
+            flushed_at: now,
+            heard_at: now,
+            beat_at: now,
+            renewed_at: now,
+            finish_at: None,
+        }
+    }
+
+    async fn read(&mut self, connection: Connection, so_far: Result<(), Broken>) -> Outcome {
+        let Ok(config) = Config::of(&self.engine.env) else { return Outcome::Stalled };
+        if let Err(outcome) = self.check(so_far) {
+            return outcome;
+        }
+        let mut next = Box::pin(connection.next());
+        let mut wait = Box::pin(select(Box::pin(self.live.stopped()), clock::sleep_ms(TICK_MS)));
+        loop {
+            match select(next.as_mut(), wait.as_mut()).await {
+                Either::Left((Ok(Some(bytes)), _)) => {
+                    if let Err(outcome) = self.take(&bytes) {
+                        return outcome;
+                    }
+                    next = Box::pin(connection.next());
+                }
+                Either::Left((Ok(None), _)) => {
+                    return self.answer.end().map_or_else(Outcome::Broken, |()| Outcome::Complete);
+                }
+                Either::Left((Err(_), _)) => {
+                    // Some providers reset instead of closing: what they had called complete is complete.
+                    return self.answer.end().map_or_else(Outcome::Broken, |()| Outcome::Complete);
+                }
+                Either::Right((Either::Left((wish, _)), _)) => return Outcome::Stopped(wish),
+                Either::Right((Either::Right(_), _)) => {
+                    if let Some(outcome) = self.tick(&config) {
+                        return outcome;
+                    }
+                    wait = Box::pin(select(Box::pin(self.live.stopped()), clock::sleep_ms(TICK_MS)));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(), Outcome> {
+        let (mut pieces, events) = (Vec::new(), self.answer.events);
+        let result = self.answer.feed(bytes, |piece| pieces.push(piece.to_owned()));
+        if self.answer.events > events {
+            self.heard_at = clock::now_ms();
+        }
+        self.deliver(pieces);
+        self.check(result)
+    }
+
+    fn check(&mut self, result: Result<(), Broken>) -> Result<(), Outcome> {
+        result.map_err(Outcome::Broken)?;
+        if self.answer.done {
+            return Err(Outcome::Complete);
+        }
+        if self.answer.finish.is_some() && self.finish_at.is_none() {
+            self.finish_at = Some(clock::now_ms());
+        }
+        Ok(())
+    }
+
+    fn deliver(&mut self, pieces: Vec<String>) {
+        if pieces.is_empty() {
+            return;
+        }
+        let start = self.pending.len();
+        for piece in pieces {
+            self.delivered += 1;
+            self.pending.push((self.next_seq, Event::Delta(piece, self.delivered)));
+            self.next_seq += 1;
+        }
+        self.live.append(self.pending.get(start..).unwrap_or_default());
+        let now = clock::now_ms();
+        self.beat_at = now;
+        if now - self.flushed_at >= FLUSH_MS {
+            self.flush(now);
+        }
+    }
+
+    fn flush(&mut self, now: i64) {
+        self.flushed_at = now;
+        match store::append(&self.engine.sql, &self.job.ids.request_id, &self.pending) {
+            Ok(()) => self.pending.clear(),
+            Err(cause) => log::error("flush", &self.job.ids.request_id, &cause),
+        }
+    }
+
+    fn tick(&mut self, config: &Config) -> Option<Outcome> {
+        let now = clock::now_ms();
+        if !self.pending.is_empty() && now - self.flushed_at >= FLUSH_MS {
+            self.flush(now);
+        }
+        if now - self.beat_at >= config.heartbeat_ms {
+            self.beat_at = now;
+            self.live.beat();
+        }
+        if now - self.renewed_at >= RENEW_MS.min(config.hold_ttl_ms / 3) {
+            self.renewed_at = now;
+            let ledger = LedgerClient::of(&self.engine.env, &self.job.caller);
+            let (hold_id, ttl_ms) = (self.job.hold_id.clone(), config.hold_ttl_ms);
+            self.engine.state.wait_until(async move {
+                if let Err(cause) = ledger.renew(&hold_id, ttl_ms).await {
+                    log::error("renew", &hold_id, &cause);
+                }
+            });
+        }
+        if self.finish_at.is_some_and(|at| now - at >= TAIL_MS.min(config.stream_idle_ms)) {
+            return Some(Outcome::Complete);
+        }
+        (now - self.heard_at >= config.stream_idle_ms).then_some(Outcome::Stalled)
+    }
+
+    /// Makes the rest durable and hands over the answer.
+    fn finish(&mut self) -> Answer {
+        self.flush(clock::now_ms());
+        std::mem::take(&mut self.answer)
+    }
+}
+
+fn reservation(job: &Job, ttl_ms: i64) -> Reserve {
+    Reserve {
+        hold_id: job.hold_id.clone(),
+        request_id: job.ids.request_id.clone(),
+        message_id: job.ids.message_id.clone(),
+        service: job.service,
+        model: job.model.clone(),
+        price: job.price,
+        prompt_tokens: job.prompt_upper,
+        output_tokens: job.max_output,
+        ttl_ms,
+    }
+}
+
+fn ending(job: &Job, answer: &Answer, outcome: &Outcome) -> Ending {
+    let (reason, finish_reason, error) = match outcome {
+        Outcome::Complete => (EndReason::Finish, answer.finish.as_deref().unwrap_or("stop"), None),
+        Outcome::Stopped(StopWish::Author) => (EndReason::Stop, "stopped", None),
+        Outcome::Stopped(StopWish::Time) => (EndReason::Time, "time", None),
+        Outcome::Stalled => (EndReason::Stall, "error", Some(ApiError::provider_timeout())),
+        Outcome::Broken(Broken::Cut) => (EndReason::Cut, "error", Some(refusal(&Broken::Cut))),
+        Outcome::Broken(broken) => (EndReason::ProviderError, "error", Some(refusal(broken))),
+    };
+    let usage = meter::usage(answer, job.prompt_typical, job.context_window);
+    Ending { reason, finish_reason: finish_reason.to_owned(), usage, error }
+}
+
+/// What a broken-off stream means to a caller.
+fn refusal(broken: &Broken) -> ApiError {
+    match broken {
+        Broken::ProviderError(status) => client::error_of_status(*status),
+        Broken::Unreadable(why) => ApiError::provider_bad_answer(why),
+        Broken::Cut => ApiError::provider_bad_answer("the model service ended without saying that it was complete"),
+    }
+}
+
+fn interrupted(usage: Option<Usage>) -> Ending {
+    Ending {
+        reason: EndReason::Interrupted,
+        finish_reason: "interrupted".to_owned(),
+        usage,
+        error: Some(ApiError::interrupted()),
+    }
+}
+
+fn text_of(events: &[(u64, Event)]) -> String {
+    events.iter().filter_map(|(_, event)| if let Event::Delta(text, _) = event { Some(text.as_str()) } else { None }).collect()
+}
+
+fn estimate(job: &Job, text: &str, events: &[(u64, Event)]) -> Option<Usage> {
+    let deltas = events.iter().filter(|(_, event)| matches!(event, Event::Delta(..))).count() as u64;
+    (!text.is_empty()).then(|| meter::estimate(text, "", deltas, job.prompt_typical, false))
+}
+
+/// Upper estimate of a prompt for the hold, and a close one for the charge, in tokens.
+#[must_use]
+pub fn prompt_tokens(prompt: &[crate::llm::PromptMessage]) -> (u64, u64) {
+    (tokens::upper_prompt(prompt), tokens::typical_prompt(prompt))
+}

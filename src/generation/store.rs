@@ -1,0 +1,225 @@
+//! A generation's rows in the object that owns it: what it is, where it stands, its event log.
+//!
+//! Invariant: a row exists before the provider is called and says what a later instance must do about it:
+//! `starting`/`running` without a living pump was interrupted; `settling` has its ending written but not charged or told;
+//! `unsettled` is told but not charged; `done` is both. Rows and logs are kept 24 h after the end, for resumes and
+//! repeated keys.
+
+use serde::Deserialize;
+use serde_json::{from_str, to_string};
+
+use super::event::Event;
+use super::{Ending, Job};
+use crate::platform::sql::{Sql, SqlError, int};
+
+const SCHEMA: [&str; 5] = [
+    "CREATE TABLE IF NOT EXISTS generation (id TEXT PRIMARY KEY, message_id TEXT NOT NULL, state TEXT NOT NULL, idempotency_key TEXT,
+     fingerprint TEXT, doc TEXT NOT NULL, ending TEXT, charged INTEGER NOT NULL DEFAULT 0, created_at INTEGER NOT NULL, ended_at INTEGER)",
+    "CREATE INDEX IF NOT EXISTS generation_open ON generation (state) WHERE state <> 'done'",
+    "CREATE INDEX IF NOT EXISTS generation_message ON generation (message_id)",
+    "CREATE INDEX IF NOT EXISTS generation_key ON generation (idempotency_key) WHERE idempotency_key IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS event_log (generation_id TEXT NOT NULL, first_seq INTEGER NOT NULL, events TEXT NOT NULL,
+     PRIMARY KEY (generation_id, first_seq)) WITHOUT ROWID",
+];
+
+/// How long an ended generation can be resumed and its key repeated, ms (design.md invariant 5).
+pub const KEPT_MS: i64 = 24 * 3_600_000;
+
+/// A generation as stored.
+#[derive(Debug)]
+pub struct Row {
+    /// What it is.
+    pub job: Job,
+    /// Where it stands.
+    pub state: String,
+    /// Hash of the request that started it.
+    pub fingerprint: Option<String>,
+    /// How it ended.
+    pub ending: Option<Ending>,
+    /// Tokens charged.
+    pub charged: u64,
+}
+
+/// A key that makes a repeated request the same generation, and the hash of the request.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, Deserialize)]
+pub struct IdempotencyKey {
+    /// The caller's key.
+    pub key: String,
+    /// Hash over method, path and body.
+    pub fingerprint: String,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    doc: String,
+    state: String,
+    fingerprint: Option<String>,
+    ending: Option<String>,
+    charged: f64,
+}
+
+const COLUMNS: &str = "SELECT doc, state, fingerprint, ending, charged FROM generation";
+
+/// Creates the tables.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn migrate(sql: &Sql) -> Result<(), SqlError> {
+    SCHEMA.iter().try_for_each(|statement| sql.run(statement, vec![]).map(|_| ()))
+}
+
+fn row(raw: Raw) -> Result<Row, SqlError> {
+    Ok(Row {
+        job: from_str(&raw.doc)?,
+        state: raw.state,
+        fingerprint: raw.fingerprint,
+        ending: raw.ending.map(|ending| from_str(&ending)).transpose()?,
+        charged: raw.charged as u64,
+    })
+}
+
+fn find(sql: &Sql, condition: &str, value: &str) -> Result<Option<Row>, SqlError> {
+    sql.first::<Raw>(&format!("{COLUMNS} WHERE {condition} ORDER BY created_at DESC, id DESC LIMIT 1"), vec![value.into()])?
+        .map(row)
+        .transpose()
+}
+
+/// Writes a new generation: `starting`.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn insert(sql: &Sql, job: &Job, key: Option<&IdempotencyKey>, now_ms: i64) -> Result<(), SqlError> {
+    sql.run(
+        "INSERT INTO generation (id, message_id, state, idempotency_key, fingerprint, doc, created_at) VALUES (?, ?, 'starting', ?, ?, ?, ?)",
+        vec![
+            job.ids.request_id.as_str().into(),
+            job.ids.message_id.as_str().into(),
+            key.map(|key| key.key.as_str()).into(),
+            key.map(|key| key.fingerprint.as_str()).into(),
+            to_string(job)?.into(),
+            now_ms.into(),
+        ],
+    )
+    .map(|_| ())
+}
+
+/// The generation that is running, if any.
+///
+/// # Errors
+/// When SQLite refuses or a row is unreadable.
+pub fn running(sql: &Sql) -> Result<Option<Row>, SqlError> {
+    find(sql, "state IN ('starting', 'running', 'settling') AND ?1 = ?1", "")
+}
+
+/// Every generation that still needs something done.
+///
+/// # Errors
+/// As [`running`].
+pub fn unfinished(sql: &Sql) -> Result<Vec<Row>, SqlError> {
+    sql.rows::<Raw>(&format!("{COLUMNS} WHERE state <> 'done'"), vec![])?.into_iter().map(row).collect()
+}
+
+/// The newest generation of a message.
+///
+/// # Errors
+/// As [`running`].
+pub fn of_message(sql: &Sql, message_id: &str) -> Result<Option<Row>, SqlError> {
+    find(sql, "message_id = ?", message_id)
+}
+
+/// The newest generation.
+///
+/// # Errors
+/// As [`running`].
+pub fn newest(sql: &Sql) -> Result<Option<Row>, SqlError> {
+    find(sql, "?1 = ?1", "")
+}
+
+/// The generation a key started.
+///
+/// # Errors
+/// As [`running`].
+pub fn of_key(sql: &Sql, key: &str) -> Result<Option<Row>, SqlError> {
+    find(sql, "idempotency_key = ?", key)
+}
+
+/// The provider has begun.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn begun(sql: &Sql, id: &str) -> Result<(), SqlError> {
+    sql.run("UPDATE generation SET state = 'running' WHERE id = ?", vec![id.into()]).map(|_| ())
+}
+
+/// It has ended: how is written, the charge not yet made.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn ended(sql: &Sql, id: &str, ending: &Ending, now_ms: i64) -> Result<(), SqlError> {
+    let values = vec![to_string(ending)?.into(), now_ms.into(), id.into()];
+    sql.run("UPDATE generation SET state = 'settling', ending = ?, ended_at = ? WHERE id = ?", values).map(|_| ())
+}
+
+/// Its end is told; `charged` tokens were charged, or `None` if the ledger could not be reached yet.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn told(sql: &Sql, id: &str, charged: Option<u64>) -> Result<(), SqlError> {
+    let state = if charged.is_some() { "done" } else { "unsettled" };
+    let values = vec![state.into(), int(charged.unwrap_or(0)), id.into()];
+    sql.run("UPDATE generation SET state = ?, charged = ? WHERE id = ?", values).map(|_| ())
+}
+
+/// It never began: nothing of it remains.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn forget(sql: &Sql, id: &str) -> Result<(), SqlError> {
+    sql.run("DELETE FROM generation WHERE id = ?", vec![id.into()]).map(|_| ())
+}
+
+/// Appends events to the log.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn append(sql: &Sql, id: &str, events: &[(u64, Event)]) -> Result<(), SqlError> {
+    let Some((first, _)) = events.first() else { return Ok(()) };
+    let values = vec![id.into(), int(*first), to_string(events)?.into()];
+    sql.run("INSERT INTO event_log VALUES (?, ?, ?)", values).map(|_| ())
+}
+
+/// The whole log, in order.
+///
+/// # Errors
+/// When SQLite refuses or a row is unreadable.
+pub fn log(sql: &Sql, id: &str) -> Result<Vec<(u64, Event)>, SqlError> {
+    #[derive(Deserialize)]
+    struct Part {
+        events: String,
+    }
+    let parts = sql.rows::<Part>("SELECT events FROM event_log WHERE generation_id = ? ORDER BY first_seq", vec![id.into()])?;
+    let mut events = Vec::new();
+    for part in parts {
+        events.extend(from_str::<Vec<(u64, Event)>>(&part.events)?);
+    }
+    Ok(events)
+}
+
+/// Forgets generations whose time is over; answers when the next one's is, unix ms.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn prune(sql: &Sql, now_ms: i64) -> Result<Option<i64>, SqlError> {
+    #[derive(Deserialize)]
+    struct Next {
+        at: Option<i64>,
+    }
+    let before = now_ms - KEPT_MS;
+    sql.run(
+        "DELETE FROM event_log WHERE generation_id IN (SELECT id FROM generation WHERE state = 'done' AND ended_at < ?)",
+        vec![before.into()],
+    )?;
+    sql.run("DELETE FROM generation WHERE state = 'done' AND ended_at < ?", vec![before.into()])?;
+    let next = sql.first::<Next>("SELECT min(ended_at) AS at FROM generation WHERE state = 'done'", vec![])?;
+    Ok(next.and_then(|next| next.at).map(|at| at + KEPT_MS + 1))
+}

@@ -1,0 +1,302 @@
+//! Folds a provider's stream into an answer: text as it comes, how it ended, what it used.
+//!
+//! Invariant: an answer is complete only if the provider said so, by a `finish_reason` or `[DONE]`. An error object in the
+//! stream, unreadable JSON before the end, or a stream that just ends make it broken, whatever the HTTP status was.
+//! Usage is believed only if it can be true; else it is marked hostile and never used as a number. PURE.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::sse::{SseError, SseParser};
+use crate::quota::SAFE_INTEGER_MAX;
+
+/// The longest answer that is kept, bytes: it must fit a row (2 MB). Beyond, it ends as if cut by length.
+pub const TEXT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Why an answer broke off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Broken {
+    /// The provider sent an error object; its HTTP-like status if it told one.
+    ProviderError(Option<u16>),
+    /// Bytes that are not an answer (which kind, for the log and for engineers).
+    Unreadable(&'static str),
+    /// The stream ended without a word that it was complete.
+    Cut,
+}
+
+/// Token counts a provider reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Reported {
+    /// Prompt tokens.
+    pub input: u64,
+    /// Completion tokens.
+    pub output: u64,
+    /// Of the output: reasoning.
+    pub reasoning: u64,
+    /// Of the input: cached.
+    pub cached: u64,
+}
+
+/// The answer so far.
+#[derive(Debug, Default)]
+pub struct Answer {
+    parser: SseParser,
+    /// The text so far.
+    pub text: String,
+    /// Reasoning the model showed, kept apart from the text.
+    pub reasoning: String,
+    /// Pieces of text and reasoning so far.
+    pub deltas: u64,
+    /// Data events so far: zero means that the provider has not begun.
+    pub events: u64,
+    /// The provider's `finish_reason`.
+    pub finish: Option<String>,
+    /// `[DONE]` came.
+    pub done: bool,
+    /// The last believable usage.
+    pub usage: Option<Reported>,
+    /// A usage came that cannot be true.
+    pub hostile: bool,
+}
+
+#[derive(Deserialize)]
+struct Chunk<'a> {
+    #[serde(borrow, default)]
+    choices: Option<Vec<Choice<'a>>>,
+    #[serde(borrow, default)]
+    usage: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    error: Option<&'a RawValue>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow, default)]
+    delta: Option<Delta<'a>>,
+    #[serde(borrow, default)]
+    finish_reason: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct Delta<'a> {
+    #[serde(borrow, default)]
+    content: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    reasoning_content: Option<Cow<'a, str>>,
+    #[serde(borrow, default)]
+    reasoning: Option<Cow<'a, str>>,
+}
+
+impl Answer {
+    /// Takes the next bytes; calls `delta` with each new piece of text.
+    ///
+    /// # Errors
+    /// Why the answer broke off; what came before is kept.
+    pub fn feed(&mut self, bytes: &[u8], mut delta: impl FnMut(&str)) -> Result<(), Broken> {
+        let mut parser = std::mem::take(&mut self.parser);
+        let mut result = Ok(());
+        let read = parser.feed(bytes, |data| {
+            if result.is_ok() && !self.done {
+                result = self.event(data, &mut delta);
+            }
+        });
+        self.parser = parser;
+        result?;
+        read.map_err(|SseError::TooLong| Broken::Unreadable("line over 1 MiB"))
+    }
+
+    /// The provider closed the stream.
+    ///
+    /// # Errors
+    /// [`Broken::Cut`] unless it had said that the answer was complete.
+    pub fn end(&self) -> Result<(), Broken> {
+        if self.done || self.finish.is_some() { Ok(()) } else { Err(Broken::Cut) }
+    }
+
+    fn event(&mut self, data: &[u8], delta: &mut impl FnMut(&str)) -> Result<(), Broken> {
+        self.events += 1;
+        if data == b"[DONE]" {
+            self.done = true;
+            return Ok(());
+        }
+        let chunk: Chunk<'_> = match serde_json::from_slice(data) {
+            Ok(chunk) => chunk,
+            // After the finish only usage follows: one that is not even JSON is a lie, not a broken answer.
+            Err(_) if self.finish.is_some() => {
+                self.hostile = true;
+                return Ok(());
+            }
+            Err(_) => return Err(Broken::Unreadable("event is not JSON of a completion")),
+        };
+        if let Some(error) = chunk.error.filter(|error| error.get() != "null") {
+            return Err(Broken::ProviderError(error_status(error)));
+        }
+        for choice in chunk.choices.into_iter().flatten() {
+            self.choice(choice, delta);
+        }
+        if let Some(usage) = chunk.usage.filter(|usage| usage.get() != "null") {
+            match reported(usage) {
+                Some(usage) => self.usage = Some(usage),
+                None => self.hostile = true,
+            }
+        }
+        Ok(())
+    }
+
+    fn choice(&mut self, choice: Choice<'_>, delta: &mut impl FnMut(&str)) {
+        if let Some(piece) = choice.delta {
+            if let Some(text) = piece.content.filter(|text| !text.is_empty()) {
+                let room = TEXT_BYTES_MAX.saturating_sub(self.text.len());
+                let mut fits = room.min(text.len());
+                while !text.is_char_boundary(fits) {
+                    fits -= 1;
+                }
+                let kept = text.get(..fits).unwrap_or_default();
+                if kept.len() < text.len() {
+                    self.finish = Some("length".to_owned());
+                    self.done = true;
+                }
+                if !kept.is_empty() {
+                    self.deltas += 1;
+                    self.text.push_str(kept);
+                    delta(kept);
+                }
+            }
+            if let Some(thought) = piece.reasoning_content.or(piece.reasoning).filter(|thought| !thought.is_empty()) {
+                self.deltas += 1;
+                if self.reasoning.len() + thought.len() <= TEXT_BYTES_MAX {
+                    self.reasoning.push_str(&thought);
+                }
+            }
+        }
+        if let Some(reason) = choice.finish_reason.filter(|reason| !reason.is_empty()) {
+            self.finish.get_or_insert_with(|| reason.chars().take(32).collect());
+        }
+    }
+}
+
+/// The HTTP-like status of an error object: `code` or `status`, as a number or a string of digits.
+fn error_status(error: &RawValue) -> Option<u16> {
+    let error: Value = serde_json::from_str(error.get()).ok()?;
+    let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
+    let status = ["code", "status"].iter().find_map(|key| number(error.get(key)?))?;
+    u16::try_from(status).ok().filter(|status| (400..600).contains(status))
+}
+
+/// A usage object, if every number in it is a whole number of tokens that JavaScript could count.
+fn reported(usage: &RawValue) -> Option<Reported> {
+    let usage: Value = serde_json::from_str(usage.get()).ok()?;
+    let whole = |value: &Value| value.as_u64().filter(|tokens| *tokens <= SAFE_INTEGER_MAX);
+    // An absent detail is zero; a present one must be a number too.
+    let detail = |group: &str, key: &str| match usage.get(group).and_then(|group| group.get(key)) {
+        None | Some(Value::Null) => Some(0),
+        Some(value) => whole(value),
+    };
+    let (input, output) = (whole(usage.get("prompt_tokens")?)?, whole(usage.get("completion_tokens")?)?);
+    let reasoning = detail("completion_tokens_details", "reasoning_tokens")?;
+    let cached = detail("prompt_tokens_details", "cached_tokens")?;
+    (reasoning <= output && cached <= input).then_some(Reported { input, output, reasoning, cached })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(text: &str) -> String {
+        let json =
+            serde_json::json!({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": null}], "usage": null});
+        format!("data: {json}\n\n")
+    }
+
+    const FINISH: &str = "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
+
+    fn read(stream: &str) -> (Answer, Vec<String>, Result<(), Broken>) {
+        let mut answer = Answer::default();
+        let mut pieces = Vec::new();
+        let result = answer.feed(stream.as_bytes(), |piece| pieces.push(piece.to_owned()));
+        let result = result.and_then(|()| answer.end());
+        (answer, pieces, result)
+    }
+
+    #[test]
+    fn a_good_stream_is_text_finish_and_usage() {
+        let usage = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":9,\"completion_tokens\":3,\"completion_tokens_details\":{\"reasoning_tokens\":1},\"prompt_tokens_details\":{\"cached_tokens\":4}}}\n\n";
+        let (answer, pieces, result) = read(&format!("{}{}{FINISH}{usage}data: [DONE]\n\n", delta("从前"), delta("有座山")));
+        assert_eq!(result, Ok(()));
+        assert_eq!((answer.text.as_str(), pieces.len(), answer.finish.as_deref()), ("从前有座山", 2, Some("stop")));
+        assert_eq!(answer.usage, Some(Reported { input: 9, output: 3, reasoning: 1, cached: 4 }));
+    }
+
+    #[test]
+    fn odd_but_honest_streams_are_read() {
+        let cases = [
+            format!("{}data: {{\"choices\":null}}\n\n{FINISH}", delta("a")),
+            format!("{}{FINISH}", delta("a")),
+            format!("{}data: [DONE]\n\n", delta("a")),
+            format!(": ping\n\n{}\n\n{FINISH}", delta("a")),
+            format!("data: {{\"choices\":[{{\"delta\":{{\"reasoning_content\":\"hm\"}}}}]}}\n\n{}{FINISH}", delta("a")),
+            format!(
+                "data: {{\"choices\":[{{\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}}}}]}}\n\n{}{FINISH}",
+                delta("a")
+            ),
+        ];
+        for stream in cases {
+            let (answer, _, result) = read(&stream);
+            assert_eq!((result, answer.text.as_str()), (Ok(()), "a"), "{stream}");
+        }
+        let (answer, _, result) = read(FINISH);
+        assert_eq!((result, answer.text.as_str()), (Ok(()), ""), "finish without text");
+    }
+
+    #[test]
+    fn broken_streams_say_how() {
+        let cases = [
+            (delta("a"), Broken::Cut),
+            (String::new(), Broken::Cut),
+            (
+                format!("{}data: {{\"error\":{{\"message\":\"x\",\"code\":429}}}}\n\n", delta("a")),
+                Broken::ProviderError(Some(429)),
+            ),
+            ("data: {\"error\":{\"message\":\"x\",\"code\":\"oops\"}}\n\n".to_owned(), Broken::ProviderError(None)),
+            ("data: {\"error\":\"x\"}\n\n".to_owned(), Broken::ProviderError(None)),
+            (format!("{}data: <html>\n\n", delta("a")), Broken::Unreadable("event is not JSON of a completion")),
+            (format!("data: {}\n\n", "x".repeat(1 << 20)), Broken::Unreadable("line over 1 MiB")),
+        ];
+        for (stream, broken) in cases {
+            assert_eq!(read(&stream).2, Err(broken), "{}", stream.chars().take(80).collect::<String>());
+        }
+    }
+
+    #[test]
+    fn hostile_usage_is_flagged_and_never_a_number() {
+        for usage in [
+            r#"{"prompt_tokens":-1,"completion_tokens":3}"#,
+            r#"{"prompt_tokens":9223372036854775808,"completion_tokens":3}"#,
+            r#"{"prompt_tokens":1e309,"completion_tokens":3}"#,
+            r#"{"prompt_tokens":NaN,"completion_tokens":3}"#,
+            r#"{"prompt_tokens":"12","completion_tokens":3}"#,
+            r#"{"prompt_tokens":1.5,"completion_tokens":3}"#,
+            r#"{"completion_tokens":3}"#,
+            r#"{"prompt_tokens":1,"completion_tokens":3,"completion_tokens_details":{"reasoning_tokens":4}}"#,
+            r#"[1]"#,
+            r#""12""#,
+        ] {
+            let (answer, _, result) = read(&format!("{}{FINISH}data: {{\"choices\":[],\"usage\":{usage}}}\n\n", delta("a")));
+            assert_eq!((result, answer.usage, answer.hostile), (Ok(()), None, true), "{usage}");
+        }
+    }
+
+    #[test]
+    fn an_endless_answer_ends_at_the_cap() {
+        let piece = delta(&"字".repeat(100_000));
+        let mut answer = Answer::default();
+        for _ in 0..5 {
+            answer.feed(piece.as_bytes(), |_| ()).unwrap();
+        }
+        assert!(answer.text.len() <= TEXT_BYTES_MAX && answer.text.len() > TEXT_BYTES_MAX - 3);
+        assert_eq!((answer.finish.as_deref(), answer.done), (Some("length"), true));
+    }
+}

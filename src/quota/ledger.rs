@@ -1,0 +1,529 @@
+//! The ledger's decisions: given the rows that matter, a command and the time, which rows change and what is answered.
+//!
+//! Invariants, for each user, quota type and period, after every decision:
+//! - settled + held ≤ limit at the time a hold is granted; what is left is never below zero;
+//! - a hold has one terminal state (settled, released or expired) and moves tokens at most once;
+//! - a settlement charges all three types by the same amount, in the periods the hold was taken in;
+//! - what cannot be charged is recorded as written off, never lost and never carried into the next balance.
+//!
+//! A decision is a list of after-images ([`Change`]); the object writes them in the same synchronous stretch. PURE.
+
+use serde::{Deserialize, Serialize};
+
+use super::period::Zone;
+use super::{Crossing, EndReason, Level, Limit, QuotaState, QuotaType, Reserve, SAFE_INTEGER_MAX, Service, Settlement, Usage};
+use crate::identity::{Caller, Role};
+use crate::quota::price::Price;
+
+/// A generation must get at least this many output tokens (or all it asked for), else it is refused.
+pub const OUTPUT_TOKENS_MIN: u64 = 64;
+
+/// Who the user is to the ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// The role whose defaults apply.
+    pub role: Role,
+    /// `iat` of the token the role came from, unix seconds.
+    pub role_issued_at: i64,
+    /// New holds are refused; running ones settle.
+    pub suspended: bool,
+    /// First touch, unix ms.
+    pub created_at: i64,
+    /// Last change, unix ms.
+    pub updated_at: i64,
+}
+
+/// What was settled in one period of one type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// Which quota.
+    pub quota_type: QuotaType,
+    /// Which period: `2026-11-23`, `2026-11`, `total`.
+    pub period: String,
+    /// Settled tokens.
+    pub used: u64,
+    /// Settlements.
+    pub consumptions: u64,
+    /// The last one, unix ms.
+    pub last_at: Option<i64>,
+    /// The highest level already told: each is told once a period.
+    pub level: Level,
+}
+
+/// State of a hold. All but `Open` are terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HoldState {
+    /// Tokens are set aside.
+    Open,
+    /// Charged; the rest was freed.
+    Settled,
+    /// Freed, nothing charged.
+    Released,
+    /// Freed because nobody renewed it.
+    Expired,
+}
+
+/// Tokens set aside for one generation, in all three types at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    /// The caller's id for it.
+    pub id: String,
+    /// The generation's request id.
+    pub request_id: String,
+    /// The message it answers with.
+    pub message_id: String,
+    /// Which feature.
+    pub service: Service,
+    /// Which model.
+    pub model: String,
+    /// Price when it was taken.
+    pub price: Price,
+    /// Tokens set aside: estimated prompt + granted output.
+    pub amount: u64,
+    /// Of those, output.
+    pub output_tokens: u64,
+    /// The day it was taken in.
+    pub day: String,
+    /// The month it was taken in.
+    pub month: String,
+    /// When, unix ms.
+    pub taken_at: i64,
+    /// When it lapses unless renewed, unix ms.
+    pub expires_at: i64,
+    /// Where it stands.
+    pub state: HoldState,
+    /// What its settlement did: a repeated settle gets the same answer.
+    pub outcome: Option<Settlement>,
+}
+
+impl Hold {
+    /// The period of `quota_type` this hold belongs to.
+    #[must_use]
+    pub fn period(&self, quota_type: QuotaType) -> &str {
+        match quota_type {
+            QuotaType::Daily => &self.day,
+            QuotaType::Monthly => &self.month,
+            QuotaType::Total => "total",
+        }
+    }
+}
+
+/// One movement of one quota: an append-only line of the books, and a row of `GET /ai/quota/transactions`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// `{hold}:{type}`: inserting it twice is inserting it once.
+    pub id: String,
+    /// Which quota.
+    pub quota_type: QuotaType,
+    /// Which period.
+    pub period: String,
+    /// `consume`.
+    pub kind: EntryKind,
+    /// Tokens moved.
+    pub amount: u64,
+    /// Left before, tokens (0 where unlimited).
+    pub before: u64,
+    /// Left after, tokens (0 where unlimited).
+    pub after: u64,
+    /// Which feature.
+    pub service: Service,
+    /// Which model.
+    pub model: String,
+    /// The generation's request id.
+    pub request_id: String,
+    /// The message it made.
+    pub message_id: String,
+    /// The hold it resolved.
+    pub hold_id: String,
+    /// What was used.
+    pub usage: Usage,
+    /// What it cost, micro-credits.
+    pub cost_micro: u64,
+    /// By which price.
+    pub price_version: String,
+    /// Used but not charged, tokens.
+    pub written_off: u64,
+    /// Why the generation ended.
+    pub reason: EndReason,
+    /// When, unix ms.
+    pub at: i64,
+}
+
+/// What an entry does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EntryKind {
+    /// Tokens were spent.
+    Consume,
+}
+
+/// The rows a decision looks at: the account, the windows of every period in play, every open hold, and the hold the
+/// command names whatever its state.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ledger {
+    /// Missing before the first touch.
+    pub account: Option<Account>,
+    /// Windows; a missing one has nothing settled.
+    pub windows: Vec<Window>,
+    /// Holds.
+    pub holds: Vec<Hold>,
+}
+
+/// A row as it must be after the decision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The account.
+    Account(Account),
+    /// A window.
+    Window(Window),
+    /// A hold.
+    Hold(Hold),
+    /// A new entry, for the books and the outbox.
+    Entry(Entry),
+}
+
+/// Why a reserve is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The account is suspended.
+    #[error("suspended")]
+    Suspended,
+    /// Too little is left.
+    #[error("{quota_type:?}: {left} tokens left")]
+    Insufficient {
+        /// The type with the least left.
+        quota_type: QuotaType,
+        /// Tokens left in it.
+        left: u64,
+    },
+    /// The id belongs to a hold that is already closed.
+    #[error("hold is closed")]
+    Closed,
+    /// No such hold.
+    #[error("hold is unknown")]
+    Unknown,
+}
+
+impl Ledger {
+    /// Puts a changed row in its place.
+    pub fn apply(&mut self, change: &Change) {
+        fn put<T: Clone>(rows: &mut Vec<T>, row: &T, same: impl Fn(&T) -> bool) {
+            match rows.iter_mut().find(|other| same(other)) {
+                Some(slot) => *slot = row.clone(),
+                None => rows.push(row.clone()),
+            }
+        }
+        match change {
+            Change::Account(account) => self.account = Some(account.clone()),
+            Change::Window(window) => {
+                put(&mut self.windows, window, |other| other.quota_type == window.quota_type && other.period == window.period);
+            }
+            Change::Hold(hold) => put(&mut self.holds, hold, |other| other.id == hold.id),
+            Change::Entry(_) => {}
+        }
+    }
+
+    /// Settled tokens of a period.
+    #[must_use]
+    pub fn used(&self, quota_type: QuotaType, period: &str) -> u64 {
+        self.window(quota_type, period).map_or(0, |window| window.used)
+    }
+
+    /// Tokens held in a period.
+    #[must_use]
+    pub fn held(&self, quota_type: QuotaType, period: &str) -> u64 {
+        let open = self.holds.iter().filter(|hold| hold.state == HoldState::Open && hold.period(quota_type) == period);
+        open.fold(0, |sum, hold| sum.saturating_add(hold.amount))
+    }
+
+    /// The limit of a type.
+    #[must_use]
+    pub fn limit(&self, quota_type: QuotaType) -> Limit {
+        Limit::of_role(self.account.as_ref().map_or(Role::Reader, |account| account.role), quota_type)
+    }
+
+    /// Tokens of a period that are neither settled nor held.
+    #[must_use]
+    pub fn free(&self, quota_type: QuotaType, period: &str) -> u64 {
+        self.limit(quota_type).left(self.used(quota_type, period).saturating_add(self.held(quota_type, period)))
+    }
+
+    fn window(&self, quota_type: QuotaType, period: &str) -> Option<&Window> {
+        self.windows.iter().find(|window| window.quota_type == quota_type && window.period == period)
+    }
+
+    fn hold(&self, id: &str) -> Option<&Hold> {
+        self.holds.iter().find(|hold| hold.id == id)
+    }
+
+    /// The three quotas as they stand at `now_ms`.
+    #[must_use]
+    pub fn quotas(&self, zone: Zone, now_ms: i64) -> Vec<QuotaState> {
+        let Some(account) = &self.account else { return Vec::new() };
+        let state = |quota_type| {
+            let period = zone.period(quota_type, now_ms);
+            let window = self.window(quota_type, &period);
+            QuotaState {
+                quota_type,
+                role: account.role,
+                limit: self.limit(quota_type),
+                used: window.map_or(0, |window| window.used),
+                reserved: self.held(quota_type, &period),
+                suspended: account.suspended,
+                consumptions: window.map_or(0, |window| window.consumptions),
+                last_consumed_at: window.and_then(|window| window.last_at),
+                resets_at: zone.resets_at(quota_type, now_ms),
+                created_at: account.created_at,
+                updated_at: account.updated_at,
+            }
+        };
+        QuotaType::ALL.into_iter().map(state).collect()
+    }
+}
+
+/// One decision in the making: the rows as they would be, and what changed.
+pub struct Decision {
+    ledger: Ledger,
+    changes: Vec<Change>,
+    zone: Zone,
+    now_ms: i64,
+}
+
+impl Decision {
+    /// Starts from the rows at `now_ms`: opens the account at first touch, follows the newest token's role, and
+    /// expires every hold whose time is up.
+    #[must_use]
+    pub fn begin(ledger: Ledger, caller: &Caller, zone: Zone, now_ms: i64) -> Self {
+        let mut decision = Self { ledger, changes: Vec::new(), zone, now_ms };
+        decision.meet(caller);
+        decision.expire_due();
+        decision
+    }
+
+    /// As [`Self::begin`] where nobody calls: the alarm.
+    #[must_use]
+    pub fn begin_unattended(ledger: Ledger, zone: Zone, now_ms: i64) -> Self {
+        let mut decision = Self { ledger, changes: Vec::new(), zone, now_ms };
+        decision.expire_due();
+        decision
+    }
+
+    /// The rows as decided, and the changes that lead there, in order.
+    #[must_use]
+    pub fn finish(self) -> (Ledger, Vec<Change>) {
+        (self.ledger, self.changes)
+    }
+
+    /// The rows as decided so far.
+    #[must_use]
+    pub const fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn change(&mut self, change: Change) {
+        self.ledger.apply(&change);
+        self.changes.push(change);
+    }
+
+    fn meet(&mut self, caller: &Caller) {
+        let account = match &self.ledger.account {
+            None => Account {
+                role: caller.role,
+                role_issued_at: caller.issued_at,
+                suspended: false,
+                created_at: self.now_ms,
+                updated_at: self.now_ms,
+            },
+            Some(account)
+                if (caller.issued_at, caller.role) > (account.role_issued_at, account.role)
+                    || (caller.issued_at == account.role_issued_at && caller.role != account.role) =>
+            {
+                Account { role: caller.role, role_issued_at: caller.issued_at, updated_at: self.now_ms, ..account.clone() }
+            }
+            Some(_) => return,
+        };
+        self.change(Change::Account(account));
+    }
+
+    fn expire_due(&mut self) {
+        let due: Vec<Hold> = self
+            .ledger
+            .holds
+            .iter()
+            .filter(|hold| hold.state == HoldState::Open && hold.expires_at <= self.now_ms)
+            .cloned()
+            .collect();
+        for hold in due {
+            self.change(Change::Hold(Hold { state: HoldState::Expired, ..hold }));
+        }
+    }
+
+    /// Takes a hold of prompt + output tokens, clamping the output to what is free in all three types.
+    /// Answers the output tokens granted. The same id again is the same hold.
+    ///
+    /// # Errors
+    /// [`Refusal::Suspended`], [`Refusal::Insufficient`], or [`Refusal::Closed`] for the id of a closed hold.
+    pub fn reserve(&mut self, ask: &Reserve) -> Result<u64, Refusal> {
+        match self.ledger.hold(&ask.hold_id) {
+            Some(hold) if hold.state == HoldState::Open => return Ok(hold.output_tokens),
+            Some(_) => return Err(Refusal::Closed),
+            None => {}
+        }
+        if self.ledger.account.as_ref().is_some_and(|account| account.suspended) {
+            return Err(Refusal::Suspended);
+        }
+        let free = |quota_type| (self.ledger.free(quota_type, &self.zone.period(quota_type, self.now_ms)), quota_type);
+        let (free, scarcest) = QuotaType::ALL.into_iter().map(free).min().unwrap_or((0, QuotaType::Daily));
+        let output_tokens = ask.output_tokens.min(free.saturating_sub(ask.prompt_tokens));
+        if output_tokens < OUTPUT_TOKENS_MIN.min(ask.output_tokens) || output_tokens == 0 {
+            return Err(Refusal::Insufficient { quota_type: scarcest, left: free });
+        }
+        let hold = Hold {
+            id: ask.hold_id.clone(),
+            request_id: ask.request_id.clone(),
+            message_id: ask.message_id.clone(),
+            service: ask.service,
+            model: ask.model.clone(),
+            price: ask.price,
+            amount: ask.prompt_tokens.saturating_add(output_tokens).min(SAFE_INTEGER_MAX),
+            output_tokens,
+            day: self.zone.period(QuotaType::Daily, self.now_ms),
+            month: self.zone.period(QuotaType::Monthly, self.now_ms),
+            taken_at: self.now_ms,
+            expires_at: self.now_ms.saturating_add(ask.ttl_ms),
+            state: HoldState::Open,
+            outcome: None,
+        };
+        self.change(Change::Hold(hold));
+        Ok(output_tokens)
+    }
+
+    /// Charges what was used and frees the rest of the hold: never more than the hold, and nothing after an expiry.
+    /// Whatever is not charged is written off on the entries.
+    ///
+    /// # Errors
+    /// [`Refusal::Unknown`] for an id no hold has, [`Refusal::Closed`] for a released one.
+    pub fn settle(&mut self, hold_id: &str, usage: Usage, reason: EndReason) -> Result<Settlement, Refusal> {
+        let hold = self.ledger.hold(hold_id).cloned().ok_or(Refusal::Unknown)?;
+        if let Some(outcome) = hold.outcome {
+            return Ok(Settlement { crossings: Vec::new(), ..outcome });
+        }
+        let state = match hold.state {
+            HoldState::Open => HoldState::Settled,
+            HoldState::Expired => HoldState::Expired,
+            HoldState::Settled | HoldState::Released => return Err(Refusal::Closed),
+        };
+        let used = usage.total().min(SAFE_INTEGER_MAX);
+        let chargeable = if state == HoldState::Settled { hold.amount } else { 0 };
+        let charged = used.min(chargeable);
+        let mut outcome = Settlement {
+            charged,
+            written_off: used - charged,
+            cost_micro: hold.price.cost_micro(usage.input, usage.output),
+            crossings: Vec::new(),
+        };
+        self.change(Change::Hold(Hold { state, outcome: Some(outcome.clone()), ..hold.clone() }));
+        for quota_type in QuotaType::ALL {
+            outcome.crossings.extend(self.post(&hold, quota_type, usage, &outcome, reason));
+        }
+        Ok(outcome)
+    }
+
+    /// Writes one type's window and entry; answers the threshold it crossed.
+    fn post(
+        &mut self,
+        hold: &Hold,
+        quota_type: QuotaType,
+        usage: Usage,
+        outcome: &Settlement,
+        reason: EndReason,
+    ) -> Option<Crossing> {
+        let period = hold.period(quota_type);
+        let limit = self.ledger.limit(quota_type);
+        let window = self.ledger.window(quota_type, period).cloned();
+        let window = window.unwrap_or_else(|| Window {
+            quota_type,
+            period: period.to_owned(),
+            used: 0,
+            consumptions: 0,
+            last_at: None,
+            level: Level::Normal,
+        });
+        let used = window.used.saturating_add(outcome.charged).min(SAFE_INTEGER_MAX);
+        let left = |used| if limit == Limit::Unlimited { 0 } else { limit.left(used) };
+        let level = Level::of(limit, used);
+        let crossing = (level > window.level).then(|| Crossing {
+            quota_type,
+            total_quota: if let Limit::Tokens(tokens) = limit { tokens } else { 0 },
+            remaining_quota: left(used),
+            level,
+        });
+        self.change(Change::Entry(Entry {
+            id: format!("{}:{}", hold.id, quota_type.as_str()),
+            quota_type,
+            period: period.to_owned(),
+            kind: EntryKind::Consume,
+            amount: outcome.charged,
+            before: left(window.used),
+            after: left(used),
+            service: hold.service,
+            model: hold.model.clone(),
+            request_id: hold.request_id.clone(),
+            message_id: hold.message_id.clone(),
+            hold_id: hold.id.clone(),
+            usage,
+            cost_micro: outcome.cost_micro,
+            price_version: hold.price.version(),
+            written_off: outcome.written_off,
+            reason,
+            at: self.now_ms,
+        }));
+        self.change(Change::Window(Window {
+            used,
+            consumptions: window.consumptions.saturating_add(1),
+            last_at: Some(self.now_ms),
+            level: level.max(window.level),
+            ..window
+        }));
+        crossing
+    }
+
+    /// Frees a hold: nothing was delivered. Releasing an unknown id closes it for good, so that a reserve that was
+    /// overtaken by its own release cannot leave a hold behind.
+    pub fn release(&mut self, hold_id: &str) {
+        let released = match self.ledger.hold(hold_id).cloned() {
+            Some(hold) if hold.state == HoldState::Open => Hold { state: HoldState::Released, ..hold },
+            Some(_) => return,
+            None => Hold {
+                id: hold_id.to_owned(),
+                request_id: String::new(),
+                message_id: String::new(),
+                service: Service::Chat,
+                model: String::new(),
+                price: Price::default(),
+                amount: 0,
+                output_tokens: 0,
+                day: self.zone.period(QuotaType::Daily, self.now_ms),
+                month: self.zone.period(QuotaType::Monthly, self.now_ms),
+                taken_at: self.now_ms,
+                expires_at: self.now_ms,
+                state: HoldState::Released,
+                outcome: None,
+            },
+        };
+        self.change(Change::Hold(released));
+    }
+
+    /// Keeps an open hold until `ttl_ms` from now; false when it is no longer open.
+    pub fn renew(&mut self, hold_id: &str, ttl_ms: i64) -> bool {
+        match self.ledger.hold(hold_id).cloned() {
+            Some(hold) if hold.state == HoldState::Open => {
+                let expires_at = hold.expires_at.max(self.now_ms.saturating_add(ttl_ms));
+                self.change(Change::Hold(Hold { expires_at, ..hold }));
+                true
+            }
+            _ => false,
+        }
+    }
+}

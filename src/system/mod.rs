@@ -1,0 +1,3 @@
+//! What the service tells of itself: health, models, providers.
+
+pub mod routes;
