@@ -92,7 +92,7 @@ impl LedgerClient {
     /// When the ledger cannot be reached.
     pub async fn quotas(&self) -> Result<Vec<QuotaState>, ApiError> {
         match self.ask(Command::Read).await? {
-            Reply::Quotas(quotas) => Ok(quotas),
+            Reply::Quotas { quotas } => Ok(quotas),
             _ => Err(ApiError::internal()),
         }
     }

@@ -240,7 +240,10 @@ pub enum Reply {
         open: bool,
     },
     /// The three quotas.
-    Quotas(Vec<QuotaState>),
+    Quotas {
+        /// Daily, monthly, total.
+        quotas: Vec<QuotaState>,
+    },
     /// Where the key's generation lives.
     Claimed {
         /// The target bound to the key.
@@ -334,4 +337,33 @@ pub struct QuotaState {
     pub created_at: i64,
     /// Last change, unix ms.
     pub updated_at: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reply_survives_the_trip_from_the_object() {
+        let replies = [
+            Reply::Granted { output_tokens: 7 },
+            Reply::Settled(Settlement { charged: 1, ..Settlement::default() }),
+            Reply::Released,
+            Reply::Renewed { open: false },
+            Reply::Quotas { quotas: Vec::new() },
+            Reply::Claimed { target: "s".to_owned(), existed: true },
+        ];
+        for reply in replies {
+            let json = serde_json::to_string(&reply).unwrap();
+            assert_eq!(serde_json::from_str::<Reply>(&json).unwrap(), reply);
+        }
+    }
+
+    #[test]
+    fn levels_are_reached_at_20_10_and_0_percent_left() {
+        let of = |used| Level::of(Limit::Tokens(1_000), used);
+        assert_eq!([of(799), of(800), of(899), of(900), of(999), of(1_000)].map(|level| level as u8), [0, 1, 1, 2, 2, 3]);
+        assert_eq!(Level::of(Limit::Unlimited, u64::MAX), Level::Normal);
+        assert_eq!(Level::of(Limit::Tokens(0), 0), Level::Exhausted);
+    }
 }

@@ -111,7 +111,7 @@ impl QuotaLedger {
                 Ok(Reply::Released)
             }
             Command::Renew { hold_id, ttl_ms } => Ok(Reply::Renewed { open: decision.renew(hold_id, *ttl_ms) }),
-            Command::Read | Command::Claim { .. } => Ok(Reply::Quotas(decision.ledger().quotas(config.zone, now_ms))),
+            Command::Read | Command::Claim { .. } => Ok(Reply::Quotas { quotas: decision.ledger().quotas(config.zone, now_ms) }),
         };
         store::save(sql, decision.finish().1).map_err(failed)?;
         result.map_err(refused)
