@@ -1,10 +1,13 @@
 //! Random command sequences against the ledger's invariants: what `src/quota/ledger.rs` promises must hold whatever is
 //! retried, reordered, repeated or late, and wherever the clock stands.
 
+#![allow(clippy::unwrap_used, clippy::unreachable, reason = "a test fails by panicking")]
+
 use std::collections::HashMap;
 
 use inkstone::identity::{Caller, Role};
-use inkstone::quota::ledger::{Change, Decision, HoldState, Ledger, Refusal};
+use inkstone::quota::books::{Change, HoldState, Ledger};
+use inkstone::quota::ledger::{Decision, Refusal};
 use inkstone::quota::period::Zone;
 use inkstone::quota::price::Price;
 use inkstone::quota::{EndReason, Limit, QuotaType, Reserve, Service, Usage};

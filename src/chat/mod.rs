@@ -15,10 +15,13 @@ pub mod turns;
 pub mod wire;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use crate::generation::Ids;
 use crate::generation::event::Mode;
 use crate::generation::store::IdempotencyKey;
 use crate::identity::Caller;
+use crate::quota::Usage;
 use settings::Settings;
 use turn::{ClientMessage, Options};
 
@@ -227,4 +230,36 @@ pub struct Call {
     pub session_id: String,
     /// What to do.
     pub command: Command,
+}
+
+/// A whole answer, as the object gives it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WholeAnswer {
+    /// Its ids.
+    pub ids: Ids,
+    /// The text.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: String,
+    /// The model that wrote it.
+    pub model: String,
+    /// The prompt held more than the question.
+    pub context_used: bool,
+    /// What was used.
+    pub usage: Usage,
+}
+
+/// A session and a page of its active path, ready for the wire.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Page {
+    /// The session object.
+    pub session: Value,
+    /// Message objects, oldest first.
+    pub messages: Vec<Value>,
+    /// Messages on the active path.
+    pub total: u64,
+    /// As asked.
+    pub limit: u64,
+    /// As asked.
+    pub offset: u64,
 }

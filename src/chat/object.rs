@@ -19,11 +19,11 @@ use worker::wasm_bindgen;
 use worker::{DurableObject, Env, Request, Response, State, durable_object};
 
 use super::turns::{self, Desk};
-use super::{Call, Command, Delivery, Patch, Session, Status, Turn, TurnKind, store, wire};
+use super::{Call, Command, Delivery, Page, Patch, Session, Status, Turn, TurnKind, WholeAnswer, store, wire};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::generation::engine::{Engine, Owner};
-use crate::generation::event::{Mode, usage_json};
+use crate::generation::event::Mode;
 use crate::generation::live::{Live, StopWish};
 use crate::generation::store as generations;
 use crate::platform::sql::{Sql, SqlError};
@@ -225,16 +225,14 @@ impl ChatSession {
         if let Some(error) = finished.ending.error {
             return Err(error.with_data("sessionId", ids.session_id.clone()).with_data("messageId", ids.message_id.clone()));
         }
-        let row = generations::of_message(&self.desk.sql, &ids.message_id)?;
-        let usage = finished.ending.usage.unwrap_or_default();
-        Ok(json!({
-            "sessionId": ids.session_id, "messageId": ids.message_id, "requestId": ids.request_id,
-            "text": finished.text,
-            "finishReason": finished.ending.finish_reason,
-            "model": row.as_ref().map(|row| row.job.model.clone()),
-            "contextUsed": row.as_ref().is_some_and(|row| turns::context_used(&row.job)),
-            "tokensUsed": usage.total(),
-            "usage": usage_json(&usage),
+        let row = generations::of_message(&self.desk.sql, &ids.message_id)?.ok_or_else(ApiError::internal)?;
+        Ok(json!(WholeAnswer {
+            ids: ids.clone(),
+            text: finished.text,
+            finish_reason: finished.ending.finish_reason,
+            context_used: turns::context_used(&row.job),
+            model: row.job.model,
+            usage: finished.ending.usage.unwrap_or_default(),
         }))
     }
 
@@ -269,13 +267,8 @@ impl ChatSession {
         let page = store::page(&self.desk.sql, offset, limit)?;
         let siblings = store::siblings(&self.desk.sql, &page)?;
         let messages: Vec<Value> = page.iter().map(|message| wire::message(message, &siblings, config.zone)).collect();
-        Ok(json!({
-            "session": wire::session(&session, config),
-            "messages": messages,
-            "total": store::path_length(&self.desk.sql)?,
-            "limit": limit,
-            "offset": offset,
-        }))
+        let total = store::path_length(&self.desk.sql)?;
+        Ok(json!(Page { session: wire::session(&session, config), messages, total, limit, offset }))
     }
 
     async fn set_path(&self, message_id: &str) -> Result<Value, ApiError> {

@@ -3,15 +3,16 @@
 //! Invariant: the object's name is made from the verified caller and an id of ours, so no route can reach another's session.
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use worker::Response;
 
 use super::index::{self, Filter};
 use super::settings::Settings;
 use super::turn::{self, ClientMessage, Options};
-use super::{Call, Command, Delivery, Patch, Status, Turn, TurnKind, wire};
+use super::{Call, Command, Delivery, Page, Patch, Status, Turn, TurnKind, WholeAnswer, wire};
 use crate::error::ApiError;
-use crate::generation::event::Mode;
+use crate::generation::event::{Mode, usage_json};
 use crate::generation::store::IdempotencyKey;
 use crate::platform::request::{Body, Ctx, is_id};
 use crate::platform::{call, clock, ids, log, respond};
@@ -159,32 +160,32 @@ async fn run(ctx: &Ctx, session_id: String, kind: TurnKind, options: Options, fi
     match delivery {
         Delivery::Stream(_) => events(response).await,
         Delivery::Whole { .. } => {
-            let answer: Value = call::outcome(BINDING, response).await?;
+            let answer: WholeAnswer = call::outcome(BINDING, response).await?;
             respond::ok(&ctx.request_id, "操作成功", &whole_answer(ctx, &answer, started_ms))
         }
     }
 }
 
 /// The superset both clients read (contract 2.2 and 5 row 8).
-fn whole_answer(ctx: &Ctx, answer: &Value, started_ms: i64) -> Value {
+fn whole_answer(ctx: &Ctx, answer: &WholeAnswer, started_ms: i64) -> Value {
     let now_ms = clock::now_ms();
     let created = ctx.config.zone.rfc3339(now_ms);
-    let text = &answer["text"];
+    let ids = &answer.ids;
     json!({
-        "sessionId": answer["sessionId"],
-        "messageId": answer["messageId"],
-        "requestId": answer["requestId"],
+        "sessionId": ids.session_id,
+        "messageId": ids.message_id,
+        "requestId": ids.request_id,
         "message": {
-            "id": answer["messageId"], "role": "assistant", "content": text,
+            "id": ids.message_id, "role": "assistant", "content": answer.text,
             "timestamp": created, "createdAt": created, "metadata": {},
         },
-        "reply": text,
-        "tokensUsed": answer["tokensUsed"],
-        "model": answer["model"],
-        "contextUsed": answer["contextUsed"],
-        "finishReason": answer["finishReason"],
+        "reply": answer.text,
+        "tokensUsed": answer.usage.total(),
+        "model": answer.model,
+        "contextUsed": answer.context_used,
+        "finishReason": answer.finish_reason,
         "responseTime": (now_ms - started_ms).saturating_mul(1_000_000),
-        "usage": answer["usage"],
+        "usage": usage_json(&answer.usage),
     })
 }
 
@@ -208,7 +209,7 @@ async fn ask(ctx: &Ctx, session_id: &str, command: Command, limit_ms: u64) -> An
     call::raw(&ctx.env, BINDING, &name, &call, limit_ms).await
 }
 
-async fn ask_value(ctx: &Ctx, command: Command) -> Result<Value, ApiError> {
+async fn ask_for<R: DeserializeOwned>(ctx: &Ctx, command: Command) -> Result<R, ApiError> {
     let session_id = ctx.id(0, "会话")?;
     call::outcome(BINDING, ask(ctx, &session_id, command, CALL_MS).await?).await
 }
@@ -234,7 +235,7 @@ pub async fn resume(ctx: Ctx) -> Answer {
 /// # Errors
 /// 404 for an unknown session.
 pub async fn stop(ctx: Ctx) -> Answer {
-    let data = ask_value(&ctx, Command::Stop).await?;
+    let data: Value = ask_for(&ctx, Command::Stop).await?;
     respond::ok(&ctx.request_id, "操作成功", &data)
 }
 
@@ -310,7 +311,7 @@ pub async fn update(mut ctx: Ctx) -> Answer {
     let Body { value: fields, .. } = ctx.body::<Map<String, Value>>().await?;
     let patch = patch(&fields)?;
     turn::check_patch(&ctx.config, &patch)?;
-    let data = ask_value(&ctx, Command::Update(patch)).await?;
+    let data: Value = ask_for(&ctx, Command::Update(patch)).await?;
     respond::ok(&ctx.request_id, "更新成功", &data)
 }
 
@@ -322,7 +323,7 @@ fn patch(fields: &Map<String, Value>) -> Result<Patch, ApiError> {
         status: Option<Status>,
         tags: Option<Vec<String>>,
     }
-    fn read<T: serde::de::DeserializeOwned>(value: Value, under: &str) -> Result<T, ApiError> {
+    fn read<T: DeserializeOwned>(value: Value, under: &str) -> Result<T, ApiError> {
         serde_path_to_error::deserialize(value)
             .map_err(|e| ApiError::invalid(&format!("{under}{}", e.path()), "类型或取值不正确"))
     }
@@ -340,30 +341,25 @@ fn patch(fields: &Map<String, Value>) -> Result<Patch, ApiError> {
 /// # Errors
 /// 400/1001 for a bad page, 404.
 pub async fn read(ctx: Ctx) -> Answer {
-    let mut found = page(&ctx).await?;
+    let Page { session, messages, total, limit, offset } = page(&ctx).await?;
     if ctx.param("view") == Some("history") {
-        let (session, messages) = (found["session"].take(), found["messages"].take());
-        let data = json!({
-            "session": session,
-            "messages": {"messages": messages, "total": found["total"], "limit": found["limit"], "offset": found["offset"]},
-        });
-        return respond::ok(&ctx.request_id, "获取成功", &data);
+        let history = json!({"messages": messages, "total": total, "limit": limit, "offset": offset});
+        return respond::ok(&ctx.request_id, "获取成功", &json!({"session": session, "messages": history}));
     }
-    let session = found["session"].take();
     let mut data = session.clone();
     if let Some(fields) = data.as_object_mut() {
         fields.insert("session".to_owned(), session);
-        fields.insert("messages".to_owned(), found["messages"].take());
-        fields.insert("messagesTotal".to_owned(), found["total"].take());
-        fields.insert("limit".to_owned(), found["limit"].take());
-        fields.insert("offset".to_owned(), found["offset"].take());
+        fields.insert("messages".to_owned(), messages.into());
+        fields.insert("messagesTotal".to_owned(), total.into());
+        fields.insert("limit".to_owned(), limit.into());
+        fields.insert("offset".to_owned(), offset.into());
     }
     respond::ok(&ctx.request_id, "获取成功", &data)
 }
 
-async fn page(ctx: &Ctx) -> Result<Value, ApiError> {
+async fn page(ctx: &Ctx) -> Result<Page, ApiError> {
     let (limit, offset) = (ctx.number("limit", 50, 1..=100)?, ctx.number("offset", 0, 0..=10_000_000)?);
-    ask_value(ctx, Command::Read { limit, offset }).await
+    ask_for(ctx, Command::Read { limit, offset }).await
 }
 
 /// `GET …/sessions/:id/messages`: a page of the active path, oldest first.
@@ -371,11 +367,9 @@ async fn page(ctx: &Ctx) -> Result<Value, ApiError> {
 /// # Errors
 /// As [`read`].
 pub async fn messages(ctx: Ctx) -> Answer {
-    let mut found = page(&ctx).await?;
-    if let Some(fields) = found.as_object_mut() {
-        fields.remove("session");
-    }
-    respond::ok(&ctx.request_id, "获取成功", &found)
+    let Page { messages, total, limit, offset, .. } = page(&ctx).await?;
+    let data = json!({"messages": messages, "total": total, "limit": limit, "offset": offset});
+    respond::ok(&ctx.request_id, "获取成功", &data)
 }
 
 /// `DELETE …/sessions/:id/messages`: clears the history.
@@ -383,7 +377,7 @@ pub async fn messages(ctx: Ctx) -> Answer {
 /// # Errors
 /// 404; 409 while a turn runs.
 pub async fn clear(ctx: Ctx) -> Answer {
-    let data = ask_value(&ctx, Command::Clear).await?;
+    let data: Value = ask_for(&ctx, Command::Clear).await?;
     respond::ok(&ctx.request_id, "操作成功", &data)
 }
 
@@ -392,7 +386,7 @@ pub async fn clear(ctx: Ctx) -> Answer {
 /// # Errors
 /// 404.
 pub async fn delete(ctx: Ctx) -> Answer {
-    let data = ask_value(&ctx, Command::Delete).await?;
+    let data: Value = ask_for(&ctx, Command::Delete).await?;
     respond::ok(&ctx.request_id, "操作成功", &data)
 }
 
@@ -407,6 +401,6 @@ pub async fn set_path(mut ctx: Ctx) -> Answer {
         message_id: String,
     }
     let Body { value: path, .. } = ctx.body::<Path>().await?;
-    let data = ask_value(&ctx, Command::SetPath { message_id: path.message_id }).await?;
+    let data: Value = ask_for(&ctx, Command::SetPath { message_id: path.message_id }).await?;
     respond::ok(&ctx.request_id, "更新成功", &data)
 }

@@ -119,10 +119,10 @@ pub fn check_patch(config: &Config, patch: &super::Patch) -> Result<(), ApiError
     if let Some(model) = &patch.settings.model {
         config.model(model)?;
     }
-    if let Some(title) = &patch.title {
-        if title.trim().is_empty() || title.chars().count() > TITLE_SET_CHARS_MAX {
-            return Err(ApiError::invalid("title", format!("长度必须在 1 到 {TITLE_SET_CHARS_MAX} 个字符之间")));
-        }
+    if let Some(title) = &patch.title
+        && (title.trim().is_empty() || title.chars().count() > TITLE_SET_CHARS_MAX)
+    {
+        return Err(ApiError::invalid("title", format!("长度必须在 1 到 {TITLE_SET_CHARS_MAX} 个字符之间")));
     }
     if let Some(tags) = &patch.tags {
         let fits = |tag: &String| !tag.trim().is_empty() && tag.chars().count() <= TAG_CHARS_MAX;

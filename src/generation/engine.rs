@@ -16,26 +16,19 @@ use worker::{Env, State};
 
 use super::event::Event;
 use super::live::{Finished, Live, StopWish};
+use super::pump::{self, Primed, Pump, ending, refusal};
 use super::store::{self, IdempotencyKey, Row};
 use super::{Ending, Job, meter};
 use crate::config::Config;
 use crate::error::ApiError;
-use crate::llm::answer::{Answer, Broken};
-use crate::llm::client::{self, Connection};
+use crate::llm::answer::Answer;
+use crate::llm::client;
 use crate::llm::{ChatRequest, tokens};
 use crate::platform::sql::{Sql, SqlError};
 use crate::platform::{clock, log};
 use crate::quota::client::LedgerClient;
 use crate::quota::{Crossing, EndReason, Reserve, Usage};
 
-/// The pump looks at its clocks this often, ms: the grain of every limit below.
-const TICK_MS: u64 = 200;
-/// Events are made durable at least this often, ms.
-const FLUSH_MS: i64 = 800;
-/// A running generation renews its hold this often, ms.
-const RENEW_MS: i64 = 60_000;
-/// After the provider's `finish_reason`, usage and `[DONE]` may take this long, ms.
-const TAIL_MS: i64 = 5_000;
 /// The index in D1 may delay the end of a stream by at most this, ms.
 const PUBLISH_MS: u64 = 2_000;
 /// Ids above the stored log that an interrupted generation may have sent: an answer has at most 2^20 bytes and every
@@ -60,9 +53,10 @@ pub trait Owner {
 
 /// The engine of one object.
 pub struct Engine {
-    state: Rc<State>,
-    env: Env,
-    sql: Sql,
+    /// For work beside a request.
+    pub(super) state: Rc<State>,
+    pub(super) env: Env,
+    pub(super) sql: Sql,
     lives: RefCell<HashMap<String, Rc<Live>>>,
 }
 
@@ -231,7 +225,7 @@ impl Engine {
         pump.deliver(primed.pieces);
         let outcome = match primed.connection {
             Some(connection) => pump.read(connection, primed.result).await,
-            None => Outcome::Stopped(StopWish::Author),
+            None => pump::Outcome::Stopped(StopWish::Author),
         };
         let (answer, next_seq) = (pump.finish(), pump.next_seq);
         let ending = ending(&job, &answer, &outcome);
@@ -296,170 +290,6 @@ impl Engine {
     }
 }
 
-/// A provider that has begun, and what it has said so far.
-struct Primed {
-    connection: Option<Connection>,
-    answer: Answer,
-    pieces: Vec<String>,
-    result: Result<(), Broken>,
-}
-
-/// Why the pump stopped reading.
-enum Outcome {
-    Complete,
-    Stopped(StopWish),
-    Stalled,
-    Broken(Broken),
-}
-
-/// The loop between the provider and the log.
-struct Pump<'a> {
-    engine: &'a Engine,
-    job: &'a Job,
-    live: &'a Live,
-    answer: Answer,
-    /// Events that are sent but not durable yet.
-    pending: Vec<(u64, Event)>,
-    next_seq: u64,
-    delivered: u64,
-    flushed_at: i64,
-    heard_at: i64,
-    beat_at: i64,
-    renewed_at: i64,
-    finish_at: Option<i64>,
-}
-
-impl<'a> Pump<'a> {
-    fn new(engine: &'a Engine, job: &'a Job, live: &'a Live, answer: Answer) -> Self {
-        let now = clock::now_ms();
-        Self {
-            engine,
-            job,
-            live,
-            answer,
-            pending: Vec::new(),
-            next_seq: 2,
-            delivered: 0,
-            flushed_at: now,
-            heard_at: now,
-            beat_at: now,
-            renewed_at: now,
-            finish_at: None,
-        }
-    }
-
-    async fn read(&mut self, connection: Connection, so_far: Result<(), Broken>) -> Outcome {
-        let Ok(config) = Config::of(&self.engine.env) else { return Outcome::Stalled };
-        if let Err(outcome) = self.check(so_far) {
-            return outcome;
-        }
-        let mut next = Box::pin(connection.next());
-        let mut wait = Box::pin(select(Box::pin(self.live.stopped()), clock::sleep_ms(TICK_MS)));
-        loop {
-            match select(next.as_mut(), wait.as_mut()).await {
-                Either::Left((Ok(Some(bytes)), _)) => {
-                    if let Err(outcome) = self.take(&bytes) {
-                        return outcome;
-                    }
-                    next = Box::pin(connection.next());
-                }
-                Either::Left((Ok(None), _)) => {
-                    return self.answer.end().map_or_else(Outcome::Broken, |()| Outcome::Complete);
-                }
-                Either::Left((Err(_), _)) => {
-                    // Some providers reset instead of closing: what they had called complete is complete.
-                    return self.answer.end().map_or_else(Outcome::Broken, |()| Outcome::Complete);
-                }
-                Either::Right((Either::Left((wish, _)), _)) => return Outcome::Stopped(wish),
-                Either::Right((Either::Right(_), _)) => {
-                    if let Some(outcome) = self.tick(&config) {
-                        return outcome;
-                    }
-                    wait = Box::pin(select(Box::pin(self.live.stopped()), clock::sleep_ms(TICK_MS)));
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, bytes: &[u8]) -> Result<(), Outcome> {
-        let (mut pieces, events) = (Vec::new(), self.answer.events);
-        let result = self.answer.feed(bytes, |piece| pieces.push(piece.to_owned()));
-        if self.answer.events > events {
-            self.heard_at = clock::now_ms();
-        }
-        self.deliver(pieces);
-        self.check(result)
-    }
-
-    fn check(&mut self, result: Result<(), Broken>) -> Result<(), Outcome> {
-        result.map_err(Outcome::Broken)?;
-        if self.answer.done {
-            return Err(Outcome::Complete);
-        }
-        if self.answer.finish.is_some() && self.finish_at.is_none() {
-            self.finish_at = Some(clock::now_ms());
-        }
-        Ok(())
-    }
-
-    fn deliver(&mut self, pieces: Vec<String>) {
-        if pieces.is_empty() {
-            return;
-        }
-        let start = self.pending.len();
-        for piece in pieces {
-            self.delivered += 1;
-            self.pending.push((self.next_seq, Event::Delta(piece, self.delivered)));
-            self.next_seq += 1;
-        }
-        self.live.append(self.pending.get(start..).unwrap_or_default());
-        let now = clock::now_ms();
-        self.beat_at = now;
-        if now - self.flushed_at >= FLUSH_MS {
-            self.flush(now);
-        }
-    }
-
-    fn flush(&mut self, now: i64) {
-        self.flushed_at = now;
-        match store::append(&self.engine.sql, &self.job.ids.request_id, &self.pending) {
-            Ok(()) => self.pending.clear(),
-            Err(cause) => log::error("flush", &self.job.ids.request_id, &cause),
-        }
-    }
-
-    fn tick(&mut self, config: &Config) -> Option<Outcome> {
-        let now = clock::now_ms();
-        if !self.pending.is_empty() && now - self.flushed_at >= FLUSH_MS {
-            self.flush(now);
-        }
-        if now - self.beat_at >= config.heartbeat_ms {
-            self.beat_at = now;
-            self.live.beat();
-        }
-        if now - self.renewed_at >= RENEW_MS.min(config.hold_ttl_ms / 3) {
-            self.renewed_at = now;
-            let ledger = LedgerClient::of(&self.engine.env, &self.job.caller);
-            let (hold_id, ttl_ms) = (self.job.hold_id.clone(), config.hold_ttl_ms);
-            self.engine.state.wait_until(async move {
-                if let Err(cause) = ledger.renew(&hold_id, ttl_ms).await {
-                    log::error("renew", &hold_id, &cause);
-                }
-            });
-        }
-        if self.finish_at.is_some_and(|at| now - at >= TAIL_MS.min(config.stream_idle_ms)) {
-            return Some(Outcome::Complete);
-        }
-        (now - self.heard_at >= config.stream_idle_ms).then_some(Outcome::Stalled)
-    }
-
-    /// Makes the rest durable and hands over the answer.
-    fn finish(&mut self) -> Answer {
-        self.flush(clock::now_ms());
-        std::mem::take(&mut self.answer)
-    }
-}
-
 fn reservation(job: &Job, ttl_ms: i64) -> Reserve {
     Reserve {
         hold_id: job.hold_id.clone(),
@@ -471,28 +301,6 @@ fn reservation(job: &Job, ttl_ms: i64) -> Reserve {
         prompt_tokens: job.prompt_upper,
         output_tokens: job.max_output,
         ttl_ms,
-    }
-}
-
-fn ending(job: &Job, answer: &Answer, outcome: &Outcome) -> Ending {
-    let (reason, finish_reason, error) = match outcome {
-        Outcome::Complete => (EndReason::Finish, answer.finish.as_deref().unwrap_or("stop"), None),
-        Outcome::Stopped(StopWish::Author) => (EndReason::Stop, "stopped", None),
-        Outcome::Stopped(StopWish::Time) => (EndReason::Time, "time", None),
-        Outcome::Stalled => (EndReason::Stall, "error", Some(ApiError::provider_timeout())),
-        Outcome::Broken(Broken::Cut) => (EndReason::Cut, "error", Some(refusal(&Broken::Cut))),
-        Outcome::Broken(broken) => (EndReason::ProviderError, "error", Some(refusal(broken))),
-    };
-    let usage = meter::usage(answer, job.prompt_typical, job.context_window);
-    Ending { reason, finish_reason: finish_reason.to_owned(), usage, error }
-}
-
-/// What a broken-off stream means to a caller.
-fn refusal(broken: &Broken) -> ApiError {
-    match broken {
-        Broken::ProviderError(status) => client::error_of_status(*status),
-        Broken::Unreadable(why) => ApiError::provider_bad_answer(why),
-        Broken::Cut => ApiError::provider_bad_answer("the model service ended without saying that it was complete"),
     }
 }
 

@@ -194,7 +194,7 @@ impl Renderer {
                 let _ = write!(out, "id: {seq}\nevent: message\n");
                 // A line end within the text starts another data line, which the reader joins again with \n.
                 for line in text.replace("\r\n", "\n").split(['\n', '\r']) {
-                    let _ = write!(out, "data: {line}\n");
+                    let _ = writeln!(out, "data: {line}");
                 }
                 out.push(b'\n');
             }

@@ -1,12 +1,14 @@
 //! One generation: reserve → prime → pump → log → settle. Written once; objects differ only in what they do with the text.
 //!
 //! [`event`] is what clients see, [`live`] is what a running generation shares with those who watch it, [`meter`] is the
-//! charging policy, [`store`] are its rows in the owning object, [`engine`] runs it. All but the last two are PURE.
+//! charging policy, [`store`] are its rows in the owning object, [`engine`] runs it and
+//! [`pump`] is its loop. All but the last three are PURE.
 
 pub mod engine;
 pub mod event;
 pub mod live;
 pub mod meter;
+pub mod pump;
 pub mod store;
 
 use serde::{Deserialize, Serialize};

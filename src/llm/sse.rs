@@ -35,12 +35,12 @@ impl SseParser {
     /// # Errors
     /// [`SseError::TooLong`]; the parser is of no use afterwards.
     pub fn feed(&mut self, mut bytes: &[u8], mut event: impl FnMut(&[u8])) -> Result<(), SseError> {
-        if self.after_cr {
-            if let Some((&first, rest)) = bytes.split_first() {
-                self.after_cr = false;
-                if first == b'\n' {
-                    bytes = rest;
-                }
+        if self.after_cr
+            && let Some((&first, rest)) = bytes.split_first()
+        {
+            self.after_cr = false;
+            if first == b'\n' {
+                bytes = rest;
             }
         }
         while let Some(end) = bytes.iter().position(|&b| b == b'\n' || b == b'\r') {

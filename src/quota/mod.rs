@@ -1,9 +1,10 @@
 //! Quota: what a user may spend, what is held for running generations, what was spent.
 //!
-//! The vocabulary of the capability: quota types, limits, commands to the ledger object and its replies. The decisions
-//! are in [`ledger`], the object that makes them durable in [`object`], what other objects call in [`client`].
+//! The vocabulary of the capability: quota types, limits, commands to the ledger object and its replies. The rows
+//! are [`books`], the decisions in [`ledger`], the object that makes them durable in [`object`], what other objects call in [`client`].
 //! Unit: tokens. Money is micro-credits beside it, never instead of it.
 
+pub mod books;
 pub mod client;
 pub mod ledger;
 pub mod object;

@@ -5,7 +5,7 @@
 use serde::Serialize;
 use worker::{Env, query};
 
-use super::ledger::Entry;
+use super::books::Entry;
 
 /// Entries per statement; they travel as one JSON parameter.
 pub const BATCH: i64 = 200;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use serde_json::{from_str, to_string};
 
-use super::ledger::{Change, Entry, Hold, HoldState, Ledger};
+use super::books::{Change, Entry, Hold, HoldState, Ledger};
 use super::period::Zone;
 use super::{Command, QuotaType};
 use crate::platform::sql::{Sql, SqlError};
