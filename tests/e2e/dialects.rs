@@ -29,6 +29,8 @@ async fn complete(name: &str, reply: Reply) -> (User, Vec<Event>) {
 async fn as_usual(name: &str, reply: Reply) {
     let (user, events) = complete(name, reply).await;
     assert_eq!(text_of(&events), WORDS.concat(), "{name}");
+    let count = events.iter().filter(|event| event.name == "message").count();
+    assert_eq!(count, WORDS.len(), "{name}: one event per delta with text, however the bytes came");
     assert_eq!(terminal(&events, "done").json()["usage"]["total_tokens"], 29, "{name}");
     assert_eq!(user.charged().await, 29, "{name}");
 }

@@ -187,6 +187,25 @@ fn a_try_that_left_nothing_behind_can_be_repeated_under_its_key() {
 }
 
 #[test]
+fn regenerating_under_a_key_makes_one_answer() {
+    run(async {
+        let user = Worker::anyone().await;
+        let key = unique();
+        let script = provider().script([Reply::happy(&["旧"], (10, 3)), Reply::happy(&["新"], (10, 3))]);
+        let data = user.ask(json!({"message": script.message("x")})).await;
+        let session = text(&data, "sessionId");
+        let path = format!("/ai/chat/sessions/{session}/messages/{}/regenerate", text(&data["message"], "id"));
+        let mut answers = Vec::new();
+        for _ in 0..2 {
+            let request = user.request(Method::POST, &path).json(&json!({})).header("Idempotency-Key", &key);
+            answers.push(request.send().await.ok()["message"]["id"].clone());
+        }
+        assert_eq!(answers[0], answers[1]);
+        assert_eq!((script.calls().len(), user.charged().await), (2, 26));
+    });
+}
+
+#[test]
 fn an_overlong_key_is_refused() {
     run(async {
         let user = Worker::anyone().await;
