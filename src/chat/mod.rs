@@ -23,7 +23,7 @@ use crate::generation::store::IdempotencyKey;
 use crate::identity::Caller;
 use crate::quota::Usage;
 use settings::Settings;
-use turn::{ClientMessage, Options};
+use turn::ClientMessage;
 
 /// Whether a session takes messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -157,7 +157,7 @@ pub struct Turn {
     /// What it does.
     pub kind: TurnKind,
     /// For this turn alone.
-    pub options: Options,
+    pub options: Settings,
     /// A repeated request finds the first one's generation by it.
     pub key: Option<IdempotencyKey>,
     /// How to answer.

@@ -13,7 +13,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use futures::TryStreamExt;
+use futures::StreamExt;
 use serde_json::{Value, json};
 use worker::wasm_bindgen;
 use worker::{DurableObject, Env, Request, Response, State, durable_object};
@@ -35,6 +35,8 @@ const WATCH_MS: i64 = 30_000;
 const REINDEX_MS: i64 = 5_000;
 /// A caller who stops a generation waits at most this long for its end, ms.
 const STOP_WAIT_MS: u64 = 5_000;
+/// A stream is broken off this long after its `error` event, ms.
+const BREAK_AFTER_MS: u64 = 250;
 /// The list in D1 may delay an answer by at most this, ms.
 const INDEX_MS: u64 = 2_000;
 
@@ -66,7 +68,7 @@ impl DurableObject for ChatSession {
         match self.serve(call).await {
             Ok(Answer::Whole(value)) => call::answer(&Ok(value)),
             Ok(Answer::Events(live, mode, after)) => {
-                let events = live.stream(mode, after).map_err(|error| worker::Error::RustError(error.error));
+                let events = live.stream(mode, after).then(break_late);
                 Ok(Response::from_stream(events)?.with_headers(respond::event_stream_headers()?))
             }
             Err(error) => call::answer::<Value>(&Err(error)),
@@ -328,6 +330,17 @@ impl ChatSession {
         if let Err(cause) = self.state.storage().set_alarm(wait).await {
             self.armed_at.set(0);
             log::error("session_arm", "", &cause);
+        }
+    }
+}
+
+/// Lets an `error` event reach its client before the stream is broken off: breaking discards what is still on its way.
+async fn break_late(item: Result<Vec<u8>, ApiError>) -> worker::Result<Vec<u8>> {
+    match item {
+        Ok(bytes) => Ok(bytes),
+        Err(error) => {
+            clock::sleep_ms(BREAK_AFTER_MS).await;
+            Err(worker::Error::RustError(error.error))
         }
     }
 }

@@ -9,7 +9,7 @@ use worker::Response;
 
 use super::index::{self, Filter};
 use super::settings::Settings;
-use super::turn::{self, ClientMessage, Options};
+use super::turn::{self, ClientMessage};
 use super::{Call, Command, Delivery, Page, Patch, Status, Turn, TurnKind, WholeAnswer, wire};
 use crate::error::ApiError;
 use crate::generation::event::{Mode, usage_json};
@@ -42,7 +42,7 @@ struct Say {
     #[serde(default)]
     project_id: Option<String>,
     #[serde(default)]
-    options: Option<Options>,
+    options: Option<Settings>,
     #[serde(default)]
     history: Option<Vec<ClientMessage>>,
 }
@@ -52,7 +52,7 @@ struct Edit {
     #[serde(alias = "content")]
     message: String,
     #[serde(default)]
-    options: Option<Options>,
+    options: Option<Settings>,
     #[serde(default)]
     stream: Option<bool>,
 }
@@ -60,7 +60,7 @@ struct Edit {
 #[derive(Deserialize)]
 struct Again {
     #[serde(default)]
-    options: Option<Options>,
+    options: Option<Settings>,
     #[serde(default)]
     stream: Option<bool>,
 }
@@ -142,7 +142,14 @@ fn stream_mode(ctx: &Ctx) -> Result<Mode, ApiError> {
 }
 
 /// Sends a turn to its session. With an idempotency key, the caller's ledger tells which session its first try went to.
-async fn run(ctx: &Ctx, session_id: String, kind: TurnKind, options: Options, fingerprint: String, delivery: Delivery) -> Answer {
+async fn run(
+    ctx: &Ctx,
+    session_id: String,
+    kind: TurnKind,
+    options: Settings,
+    fingerprint: String,
+    delivery: Delivery,
+) -> Answer {
     let started_ms = clock::now_ms();
     let (key, session_id) = match ctx.header("idempotency-key") {
         None => (None, session_id),
@@ -186,6 +193,7 @@ fn whole_answer(ctx: &Ctx, answer: &WholeAnswer, started_ms: i64) -> Value {
         "finishReason": answer.finish_reason,
         "responseTime": (now_ms - started_ms).saturating_mul(1_000_000),
         "usage": usage_json(&answer.usage),
+        "estimated": answer.usage.estimated,
     })
 }
 

@@ -14,7 +14,7 @@ pub const MAX_TOKENS_DEFAULT: u64 = 2_000;
 /// Temperature shown for a session that sets none.
 pub const TEMPERATURE_DEFAULT: f64 = 0.7;
 
-/// What a session's user set; absent means default.
+/// What a session's user set, and what a call's `options` set for itself (contract 2.0); absent means default.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Settings {
@@ -39,6 +39,9 @@ pub struct Settings {
     /// Instructions before every prompt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system_prompt: Option<String>,
+    /// In a call's `options` only: the answer is wanted as events. Never stored.
+    #[serde(skip_serializing)]
+    pub stream: Option<bool>,
 }
 
 impl Settings {
@@ -76,6 +79,7 @@ impl Settings {
             frequency_penalty: newer.frequency_penalty.or(old.frequency_penalty),
             presence_penalty: newer.presence_penalty.or(old.presence_penalty),
             system_prompt: newer.system_prompt.or(old.system_prompt),
+            stream: None,
         }
     }
 }

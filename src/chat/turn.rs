@@ -18,17 +18,6 @@ const TITLE_SET_CHARS_MAX: usize = 200;
 const TAG_CHARS_MAX: usize = 50;
 const TAGS_MAX: usize = 20;
 
-/// `options` of a call (contract 2.0), for this call alone.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Options {
-    /// Sampling, model, output.
-    #[serde(flatten)]
-    pub settings: Settings,
-    /// The answer is wanted as events.
-    pub stream: Option<bool>,
-}
-
 /// A turn the client holds (contract 2.2 `history`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClientMessage {
@@ -57,9 +46,9 @@ pub struct Plan {
 ///
 /// # Errors
 /// 400/1001 for a value out of range, 404/3530 for an unknown model.
-pub fn plan(config: &Config, session: &Settings, options: &Options) -> Result<Plan, ApiError> {
-    options.settings.check("options")?;
-    let settings = session.overlaid(&options.settings);
+pub fn plan(config: &Config, session: &Settings, options: &Settings) -> Result<Plan, ApiError> {
+    options.check("options")?;
+    let settings = session.overlaid(options);
     let model = config.model(settings.model.as_deref().unwrap_or(&config.default_model))?.clone();
     let wanted = settings.max_tokens.and_then(|tokens| u64::try_from(tokens).ok()).filter(|tokens| *tokens > 0);
     let max_output = wanted.unwrap_or(MAX_TOKENS_DEFAULT).min(model.max_output);

@@ -93,10 +93,7 @@ impl Mode {
 /// `usage` as SDKs know it.
 #[must_use]
 pub fn usage_json(usage: &Usage) -> serde_json::Value {
-    json!({
-        "prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.total(),
-        "estimated": usage.estimated,
-    })
+    json!({"prompt_tokens": usage.input, "completion_tokens": usage.output, "total_tokens": usage.total()})
 }
 
 /// Writes one client's events in its mode. Must be given every event from the first, also those it need not write:
@@ -155,7 +152,8 @@ impl Renderer {
             Event::Quota(crossing) => frame(out, seq, "quota", &json!(crossing)),
             Event::Done { finish, model, usage } => {
                 let facts = json!({
-                    "tokensUsed": usage.total(), "model": model, "finishReason": finish, "usage": usage_json(usage),
+                    "tokensUsed": usage.total(), "model": model, "finishReason": finish,
+                    "usage": usage_json(usage), "estimated": usage.estimated,
                 });
                 frame(out, seq, "done", &with(&self.ids, facts));
             }
@@ -256,8 +254,8 @@ mod tests {
             "id: 2\nevent: message\ndata: {\"messageId\":\"m\",\"sessionId\":\"s\",\"seq\":2,\"delta\":\"他说：\\\"走\\\"\\n\",\"tokens\":1}\n\n",
             "id: 3\nevent: message\ndata: {\"messageId\":\"m\",\"sessionId\":\"s\",\"seq\":3,\"delta\":\"吧\",\"tokens\":2}\n\n",
             "id: 4\nevent: quota\ndata: {\"level\":\"critical\",\"quotaType\":\"daily\",\"remainingQuota\":1,\"totalQuota\":10}\n\n",
-            "id: 5\nevent: done\ndata: {\"finishReason\":\"stop\",\"messageId\":\"m\",\"model\":\"gpt-4\",\"requestId\":\"r\",\"sessionId\":\"s\",",
-            "\"tokensUsed\":7,\"usage\":{\"completion_tokens\":2,\"estimated\":false,\"prompt_tokens\":5,\"total_tokens\":7}}\n\n",
+            "id: 5\nevent: done\ndata: {\"estimated\":false,\"finishReason\":\"stop\",\"messageId\":\"m\",\"model\":\"gpt-4\",\"requestId\":\"r\",\"sessionId\":\"s\",",
+            "\"tokensUsed\":7,\"usage\":{\"completion_tokens\":2,\"prompt_tokens\":5,\"total_tokens\":7}}\n\n",
         );
         assert_eq!(render(Mode::Delta, 0), golden);
     }

@@ -156,8 +156,9 @@ impl Decision {
         Ok(output_tokens)
     }
 
-    /// Charges what was used and frees the rest of the hold: never more than the hold, and nothing after an expiry.
-    /// Whatever is not charged is written off on the entries.
+    /// Charges what was used and frees the rest of the hold. What exceeds the hold (a prompt that the provider counts
+    /// higher than we estimated) is charged as far as the balance goes; after an expiry nothing is. Whatever is not
+    /// charged is written off on the entries.
     ///
     /// # Errors
     /// [`Refusal::Unknown`] for an id no hold has, [`Refusal::Closed`] for a released one.
@@ -172,7 +173,7 @@ impl Decision {
             HoldState::Settled | HoldState::Released => return Err(Refusal::Closed),
         };
         let used = usage.total().min(SAFE_INTEGER_MAX);
-        let chargeable = if state == HoldState::Settled { hold.amount } else { 0 };
+        let chargeable = if state == HoldState::Settled { hold.amount.saturating_add(self.free_beside(&hold)) } else { 0 };
         let charged = used.min(chargeable);
         let mut outcome = Settlement {
             charged,
@@ -185,6 +186,11 @@ impl Decision {
             outcome.crossings.extend(self.post(&hold, quota_type, usage, &outcome, reason));
         }
         Ok(outcome)
+    }
+
+    /// Tokens free in every type, in the periods of `hold`.
+    fn free_beside(&self, hold: &Hold) -> u64 {
+        QuotaType::ALL.into_iter().map(|quota_type| self.ledger.free(quota_type, hold.period(quota_type))).min().unwrap_or(0)
     }
 
     /// Writes one type's window and entry; answers the threshold it crossed.
