@@ -87,6 +87,7 @@ pub async fn send_stream(mut ctx: Ctx) -> Answer {
 async fn say(ctx: &Ctx, body: Body<Say>, delivery: Delivery) -> Answer {
     let Body { value: say, fingerprint } = body;
     turn::checked_message(&say.message)?;
+    turn::checked_history(say.history.as_deref().unwrap_or_default())?;
     let named = say.session_id.filter(|id| !id.is_empty());
     if named.as_deref().is_some_and(|id| !is_id(id)) {
         return Err(ApiError::not_found("会话"));

@@ -21,7 +21,7 @@ const TAGS_MAX: usize = 20;
 /// A turn the client holds (contract 2.2 `history`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClientMessage {
-    /// `user`, `assistant`; others are passed over.
+    /// `user` or `assistant`.
     #[serde(default)]
     pub role: String,
     /// What was said.
@@ -67,6 +67,18 @@ pub fn plan(config: &Config, session: &Settings, options: &Settings) -> Result<P
 /// 400/1001 when it is empty.
 pub fn checked_message(content: &str) -> Result<(), ApiError> {
     if content.trim().is_empty() { Err(ApiError::invalid("message", "不能为空")) } else { Ok(()) }
+}
+
+/// Client-held turns, checked: who spoke must be known. (`system` is taken, and passed over: instructions come from the
+/// session's settings.)
+///
+/// # Errors
+/// 400/1001 naming the turn.
+pub fn checked_history(history: &[ClientMessage]) -> Result<(), ApiError> {
+    match history.iter().position(|message| !["user", "assistant", "system"].contains(&message.role.as_str())) {
+        None => Ok(()),
+        Some(at) => Err(ApiError::invalid(&format!("history[{at}].role"), "必须是 user 或 assistant")),
+    }
 }
 
 /// Client-held turns as prompt messages, newest first; a last turn that repeats the question is the question.

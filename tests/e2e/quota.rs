@@ -179,7 +179,7 @@ fn a_short_balance_clamps_the_output_and_then_refuses() {
         assert_eq!(left, 10_000 - 2 * 4010);
 
         // More is asked for than is left: the provider may not produce more than the hold covers.
-        let greedy = provider().script(Reply::happy(&["花"], (10, 1_000_000)).step_after_delta(1, Step::Gate));
+        let greedy = provider().script(Reply::happy(&["花"], (10, 4000)).step_after_delta(1, Step::Gate));
         let options = json!({"model": "other-model", "maxTokens": 4096});
         let body = json!({"message": greedy.message("花"), "options": options});
         let mut stream = user.stream(body.clone()).await;
@@ -190,7 +190,7 @@ fn a_short_balance_clamps_the_output_and_then_refuses() {
         greedy.release(1);
         stream.rest().await;
         let used = user.charged().await;
-        assert!(used > 8020 && used <= 10_000, "a provider's claim is charged up to the hold: {used}");
+        assert!(used > 8020 && used <= 10_000, "a claim over the hold is charged up to it: {used}");
         let left = user.quota("daily").await.remaining;
         assert!(left < 64, "{left}");
 
