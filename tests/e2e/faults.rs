@@ -116,6 +116,8 @@ async fn broken(worker: &Worker, name: &str, reply: Reply) -> User {
     let mut events = stream.take(3).await;
     script.release(1);
     events.extend(stream.rest().await);
+    let last = events.last().map(|event| event.name.as_str());
+    assert_eq!(last, Some("error"), "{name}: the stream's end, which was {:?}", stream.ending);
     assert_eq!(text_of(&events), "写到一半", "{name}: what came before the fault is delivered");
     let meta = events[0].json();
     let error = terminal(&events, "error").json();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::api::text;
+use crate::support::api::{text, usage_of};
 use crate::support::keeper::Keeper;
 use crate::support::sse::{raw_of, terminal, text_of};
 use crate::support::worker::Worker;
@@ -60,20 +60,17 @@ fn a_real_model_answers_through_the_whole_path() {
         assert_eq!(events[0].name, "meta");
         let done = terminal(&events, "done").json();
         assert!(["stop", "length"].contains(&text(&done, "finishReason")), "{done}");
-        let usage = |key: &str| done["usage"][key].as_i64().expect("a count");
-        assert!(usage("prompt_tokens") > 5 && (1..=48).contains(&usage("completion_tokens")), "{done}");
+        let [prompt, completion, total] = usage_of(&done);
+        assert!(prompt > 5 && (1..=48).contains(&completion), "{done}");
         assert!(!text_of(&events).trim().is_empty());
-        assert_eq!(user.charged().await, usage("total_tokens"), "what llama.cpp counted is what is charged");
+        assert_eq!(user.charged().await, total, "what llama.cpp counted is what is charged");
 
         let session = text(&done, "sessionId");
         let again = user.resuming(session, None, None).stream().await.rest().await;
         assert_eq!(raw_of(&again), raw_of(&events));
         let next = json!({"message": "Shorter.", "sessionId": session, "options": {"maxTokens": 16}});
         let answer = user.ask(next).await;
-        assert!(
-            answer["usage"]["prompt_tokens"].as_i64() > Some(usage("prompt_tokens")),
-            "the history is in the prompt: {answer}"
-        );
+        assert!(usage_of(&answer)[0] > prompt, "the history is in the prompt: {answer}");
         assert_eq!(user.messages(session).await.len(), 4);
     });
 }

@@ -121,6 +121,13 @@ impl User {
     }
 }
 
+/// Prompt, completion and total of the `usage` in an answer.
+#[track_caller]
+pub fn usage_of(value: &Value) -> [i64; 3] {
+    let count = |key: &str| value["usage"][key].as_i64().unwrap_or_else(|| panic!("usage.{key} in {value}"));
+    ["prompt_tokens", "completion_tokens", "total_tokens"].map(count)
+}
+
 /// A string field that must be there.
 #[track_caller]
 pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {

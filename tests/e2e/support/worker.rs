@@ -111,6 +111,12 @@ impl Worker {
         String::from_utf8_lossy(&std::fs::read(self.log_path()).unwrap_or_default()).into_owned()
     }
 
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
     /// Kills workerd by SIGKILL and then what is left of wrangler: no chance for anyone to tidy up.
     pub fn kill_9(&self) {
         let keeper = self.keeper.lock().expect("no holder panics").take().expect("a running Worker");
@@ -148,15 +154,16 @@ impl Worker {
         });
         if tokio::time::timeout(START_LIMIT - Duration::from_secs(1), serving).await.is_err() {
             GAVE_UP.store(true, Ordering::SeqCst);
-            let log = self.log();
-            let tail: Vec<_> = log.lines().rev().take(40).collect();
-            panic!("the Worker did not start:\n{}", tail.into_iter().rev().collect::<Vec<_>>().join("\n"));
+            panic!("the Worker did not start:\n{}", self.log_tail());
         }
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the log of this test's own Worker ends so:\n{}", self.log_tail());
+        }
         if let Ok(Some(keeper)) = self.keeper.get_mut().map(Option::take) {
             keeper.end(false);
         }
