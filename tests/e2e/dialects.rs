@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::support::api::{text, usage_of};
 use crate::support::client::User;
-use crate::support::reply::{DONE, Reply, chunk, delta, finish, usage_event, usage_json};
+use crate::support::reply::{DONE, Reply, Step, chunk, delta, finish, usage_event, usage_json};
 use crate::support::sse::{Event, terminal, text_of};
 use crate::support::worker::Worker;
 use crate::support::{provider, run};
@@ -60,6 +60,7 @@ fn transport() {
         as_usual("gzip", usual().gzip()).await;
         as_usual("one write", usual().one_write()).await;
         as_usual("ends by closing", usual().until_close()).await;
+        as_usual("stays open after [DONE]", usual().then(Step::Hang)).await;
     });
 }
 

@@ -24,6 +24,7 @@ async fn refused(worker: &Worker, name: &str, reply: &Reply) -> Vec<Answer> {
     for path in ["/ai/chat", "/ai/chat/stream"] {
         let script = provider().script(reply.clone());
         answers.push(user.post(path, &json!({"message": script.message(name)})).await);
+        assert_eq!(script.calls().len(), 1, "{name}: neither tried again nor redirected");
         nothing_left(&user).await;
     }
     for answer in &answers {
@@ -97,6 +98,10 @@ fn a_stream_that_breaks_before_its_first_event_is_an_http_error() {
             ("an empty body", Reply::events(&[])),
             ("a reset", Reply::events(&[]).then(Step::Reset)),
             ("cut", Reply::events(&[]).then(Step::Truncate)),
+            ("a page of HTML", Reply::events(&[]).then(Step::Bytes(b"<html>Bad gateway</html>\n".to_vec()))),
+            ("no content", Reply::status(204)),
+            // Following it would hand the key and the prompt to whoever the answer names.
+            ("a redirect", Reply::status(307).header("Location", &format!("{}/chat/completions", provider().base_url))),
         ];
         for (name, reply) in broken {
             for answer in refused(worker, name, &reply).await {

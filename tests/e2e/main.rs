@@ -13,6 +13,7 @@
 mod access;
 mod chat;
 mod dialects;
+mod edges;
 mod faults;
 mod http;
 mod idempotency;

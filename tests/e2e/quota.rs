@@ -8,10 +8,11 @@ use serde_json::{Value, json};
 
 use crate::support::api::{QUOTA_TYPES, text};
 use crate::support::client::User;
-use crate::support::reply::{Reply, Step};
+use crate::support::provider::End;
+use crate::support::reply::{Reply, Step, delta};
 use crate::support::sse::{Event, terminal};
 use crate::support::worker::Worker;
-use crate::support::{provider, run, token};
+use crate::support::{PATIENCE, provider, run, token, wait_until};
 
 /// Streams a message that meets this reply with at most `max_tokens` of output from a model that allows 4,096.
 async fn spend(user: &User, max_tokens: u64, reply: Reply) -> Vec<Event> {
@@ -248,6 +249,8 @@ fn hostile_usage_moves_a_charge_between_nothing_and_the_hold() {
             r#"{"prompt_tokens":10.5,"completion_tokens":1.5,"total_tokens":12}"#,
             r#"{"prompt_tokens":"12","completion_tokens":"3","total_tokens":"15"}"#,
             r#"{"prompt_tokens":[1],"completion_tokens":{},"total_tokens":null}"#,
+            // Believable, but more than the provider was allowed to produce.
+            r#"{"prompt_tokens":10,"completion_tokens":7000,"total_tokens":7010}"#,
             r#"{"completion_tokens":5}"#,
             "{}",
             "null",
@@ -265,6 +268,59 @@ fn hostile_usage_moves_a_charge_between_nothing_and_the_hold() {
             assert_eq!(done.name, "done", "{usage}: text and finish came whole");
             let charged = user.charged().await;
             assert!((1..=held).contains(&charged), "{usage}: {charged} of {held}");
+        }
+    });
+}
+
+#[test]
+fn a_provider_that_never_ends_is_cut_and_cannot_cost_more_than_the_hold() {
+    run(async {
+        let user = Worker::anyone().await;
+        let flood = format!("data: {}\n\n", delta(json!({"content": "墨".repeat(10_000)}))).into_bytes();
+        let every = std::time::Duration::from_millis(5);
+        let reply = Reply::happy(&["一"], (1, 1)).step_after_delta(1, Step::Repeat { bytes: flood, every });
+        let script = provider().script(reply.step_after_delta(1, Step::Gate));
+        let mut stream = user.stream(json!({"message": script.message("x"), "options": {"maxTokens": 300}})).await;
+        stream.take(2).await;
+        let held = user.quota("daily").await.reserved;
+        script.release(1);
+        let events = stream.rest().await;
+        assert!(["done", "error"].contains(&events.last().expect("an end").name.as_str()));
+        assert_eq!(script.call().await.ended(PATIENCE).await, End::ClientGone);
+        let charged = user.charged().await;
+        assert!((1..=held).contains(&charged), "{charged} of {held}");
+    });
+}
+
+#[test]
+fn the_books_in_d1_add_up_to_what_the_ledger_says() {
+    run(async {
+        let worker = Worker::shared().await;
+        let user = worker.user("writer");
+        // 1,000 in at 30 and 500 out at 60 per 1,000 tokens are 60 credits.
+        spend(&user, 600, Reply::happy(&["贵"], (1000, 500))).await;
+        spend(&user, 600, Reply::no_usage(&["估计"])).await;
+        let broken = provider().script(Reply::no_finish(&["断"]));
+        user.stream(json!({"message": broken.message("x")})).await.rest().await;
+        let refused = provider().script(Reply::status(500));
+        user.post("/ai/chat", &json!({"message": refused.message("x")})).await.error(503, 3501);
+        let charged = user.charged().await;
+
+        let query = format!(
+            "SELECT quota_type, COUNT(*) AS n, COUNT(DISTINCT request_id) AS requests, SUM(amount) AS amount, \
+             MAX(cost_micro) AS dearest, SUM(estimated) AS estimated FROM quota_transactions \
+             WHERE user_id = '{}' GROUP BY quota_type ORDER BY quota_type",
+            user.id
+        );
+        let rows = wait_until(PATIENCE, "the outbox to reach D1", || async {
+            let rows = worker.d1(&query).await;
+            rows.iter().all(|row| row["n"] == 3).then_some(rows).filter(|rows| rows.len() == 3)
+        });
+        for (row, kind) in rows.await.iter().zip(QUOTA_TYPES) {
+            let expected = json!({
+                "quota_type": kind, "n": 3, "requests": 3, "amount": charged, "dearest": 60_000_000, "estimated": 2,
+            });
+            assert_eq!(row, &expected);
         }
     });
 }

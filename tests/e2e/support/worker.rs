@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
 
@@ -24,7 +24,7 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 static GAVE_UP: AtomicBool = AtomicBool::new(false);
 
 /// The catalogue of the Workers under test.
-pub fn models() -> serde_json::Value {
+pub fn models() -> Value {
     json!([
         {"id": "test-model", "contextWindow": 8192, "maxOutput": 1024, "inputPrice": 0.1, "outputPrice": 0.2},
         {"id": "other-model", "upstream": "other-upstream", "contextWindow": 16384, "maxOutput": 4096,
@@ -104,6 +104,17 @@ impl Worker {
     /// A new user of this Worker.
     pub fn user(&self, role: &str) -> User {
         User::new(&self.origin, role)
+    }
+
+    /// What D1 answers to a query, as rows. Starts a wrangler of its own over the same files: slow, so ask for little.
+    pub async fn d1(&self, query: &str) -> Vec<Value> {
+        let mut reading = tokio::process::Command::from(wrangler(&self.folder));
+        reading.args(["d1", "execute", "DB", "--local", "--json", "--persist-to"]).arg(self.folder.join("state"));
+        let output = reading.args(["--command", query]).stdin(Stdio::null()).kill_on_drop(true).output();
+        let output = within(PATIENCE, "D1's answer", output).await.expect("wrangler runs");
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        let answer: Value = serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error} in {printed:?}"));
+        answer[0]["results"].as_array().unwrap_or_else(|| panic!("rows in {printed}")).clone()
     }
 
     /// Everything wrangler and the Worker have printed.
