@@ -4,6 +4,7 @@
 //! being replaced by a guess. Bindings do not change within an isolate, so one parse serves its life.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use serde::Deserialize;
@@ -15,6 +16,9 @@ use crate::identity::token::Verifier;
 use crate::platform::log;
 use crate::quota::period::Zone;
 use crate::quota::price::{Price, parse_micro};
+
+/// The one provider there is: whatever OpenAI-compatible service `LLM_BASE_URL` names.
+pub const PROVIDER: &str = "openai-compatible";
 
 /// Everything configurable, parsed.
 pub struct Config {
@@ -38,6 +42,10 @@ pub struct Config {
     pub heartbeat_ms: i64,
     /// A hold nobody renews is freed after this, ms.
     pub hold_ttl_ms: i64,
+    /// Keys of services that sign their requests: id → secret.
+    pub service_keys: BTreeMap<String, String>,
+    /// Where the platform wants to hear of thresholds.
+    pub notify_webhook_url: Option<String>,
 }
 
 /// One model of the catalogue.
@@ -117,6 +125,8 @@ impl Config {
             stream_idle_ms: millis("STREAM_IDLE_MS", 30_000, 1)?,
             heartbeat_ms: millis("HEARTBEAT_MS", 15_000, 1)?,
             hold_ttl_ms: millis("HOLD_TTL_S", 600, 1_000)?,
+            service_keys: parse_service_keys(lookup("SERVICE_KEYS").as_deref())?,
+            notify_webhook_url: lookup("NOTIFY_WEBHOOK_URL"),
         })
     }
 
@@ -127,6 +137,17 @@ impl Config {
     pub fn model(&self, id: &str) -> Result<&Model, ApiError> {
         self.models.iter().find(|model| model.id == id).ok_or_else(|| ApiError::model_unknown(id))
     }
+}
+
+fn parse_service_keys(text: Option<&str>) -> Result<BTreeMap<String, String>, String> {
+    let Some(text) = text else { return Ok(BTreeMap::new()) };
+    // The error must not quote the value: it is a secret.
+    let keys: BTreeMap<String, String> =
+        serde_json::from_str(text).map_err(|_| "SERVICE_KEYS must be a JSON object of key ids and secrets".to_owned())?;
+    if keys.iter().any(|(id, secret)| id.is_empty() || secret.is_empty()) {
+        return Err("SERVICE_KEYS: ids and secrets must not be empty".to_owned());
+    }
+    Ok(keys)
 }
 
 fn parse_models(text: &str) -> Result<Vec<Model>, String> {

@@ -112,6 +112,12 @@ impl ApiError {
         Self::new(401, 2007, "token_expired", "登录已过期，请重新登录")
     }
 
+    /// 401/1002: a signed service request whose signature, time, key or nonce does not hold.
+    #[must_use]
+    pub fn signature_invalid() -> Self {
+        Self::new(401, 1002, "signature_invalid", "服务签名无效或已过期")
+    }
+
     /// 403/1003: known, but not allowed.
     #[must_use]
     pub fn forbidden(message: impl Into<String>) -> Self {
@@ -170,6 +176,18 @@ impl ApiError {
             .with_details(format!("{quota_type}: {remaining} tokens left"))
     }
 
+    /// 429/4000: too many of these calls; the next may come in `seconds`.
+    #[must_use]
+    pub fn too_many(message: &str, seconds: u64) -> Self {
+        Self::new(429, 4000, "too_many_requests", message).with_retry_after(seconds)
+    }
+
+    /// 409/1005: it is there already.
+    #[must_use]
+    pub fn already(message: impl Into<String>) -> Self {
+        Self::new(409, 1005, "already_exists", message)
+    }
+
     /// 403/3011: the account is suspended.
     #[must_use]
     pub fn quota_suspended() -> Self {
@@ -206,10 +224,16 @@ impl ApiError {
         Self::new(502, 5004, "provider_bad_answer", "AI服务返回异常，请稍后重试").with_details(why)
     }
 
-    /// 409 is not it: the generation was cut by a restart of ours; what was delivered is saved. 503/5002.
+    /// 503/5002: the generation was cut by a restart of ours; what was delivered is saved.
     #[must_use]
     pub fn interrupted() -> Self {
         Self::new(503, 5002, "interrupted", "生成被中断，已保存收到的内容，可重新生成")
+    }
+
+    /// 400/1001: a client wants to go on after an event that never was.
+    #[must_use]
+    pub fn beyond_the_log() -> Self {
+        Self::invalid("Last-Event-ID", "超出该生成的事件记录，请不带序号重新读取")
     }
 
     /// 500/5000: ours. The cause is in the log under the request id, never here.

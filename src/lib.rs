@@ -5,8 +5,8 @@
 //! decisions. [`generation`] is the engine every generated text runs on, [`llm`] the provider, [`identity`] the caller,
 //! [`platform`] thin glue to the runtime, [`error`] the one error, [`config`] the operator's settings.
 //!
-//! Invariant: only `routes`, `object`, `store`, `client`, `engine`, `index`, `projection`, `turns`, `platform` and the root
-//! files know the runtime; everything else is native Rust with time and ids as arguments (`tests/tidy.rs` checks).
+//! Invariant: only edge files know the runtime (`tests/tidy.rs` lists their names: `routes`, `object`, `store`, `client` and
+//! a few more, `platform` and the root files); everything else is native Rust with time and ids as arguments.
 
 pub mod chat;
 pub mod config;
@@ -22,7 +22,7 @@ pub mod system;
 pub use chat::object::ChatSession;
 pub use quota::object::QuotaLedger;
 
-use worker::{Context, Env, Request, Response, event};
+use worker::{Context, Env, Request, Response, ScheduleContext, ScheduledEvent, event};
 
 /// A panic is a bug that has no caller to tell: say where it was, in the log.
 #[event(start)]
@@ -34,4 +34,10 @@ fn start() {
 #[event(fetch)]
 async fn fetch(request: Request, env: Env, _context: Context) -> worker::Result<Response> {
     router::serve(request, env).await
+}
+
+/// Every cron firing: closes ended quota periods in D1. Nobody's quota depends on it.
+#[event(scheduled)]
+async fn scheduled(event: ScheduledEvent, env: Env, _context: ScheduleContext) {
+    quota::periods::close(&env, event.schedule()).await;
 }

@@ -44,6 +44,7 @@ fn ask(hold: u8, prompt_tokens: u64, output_tokens: u64) -> Reserve {
         hold_id: format!("h{hold}"),
         request_id: format!("r{hold}"),
         message_id: format!("m{hold}"),
+        watcher: None,
         service: Service::Chat,
         model: "gpt-4".to_owned(),
         price: Price { input_micro: 30_000_000, output_micro: 60_000_000 },
@@ -100,7 +101,7 @@ proptest! {
         let zone = Zone::parse("+08:00").unwrap();
         let (mut ledger, mut now, mut books) = (Ledger::default(), START_MS, Books::default());
         for step in steps {
-            let mut decision = Decision::begin(ledger.clone(), &caller(), zone, now);
+            let mut decision = Decision::begin(ledger.clone(), Some(&caller()), zone, now);
             match step {
                 Step::Reserve { hold, prompt, output } => {
                     if let Ok(granted) = decision.reserve(&ask(hold, prompt, output)) {
@@ -110,10 +111,10 @@ proptest! {
                 }
                 Step::Settle { hold, input, output } => {
                     let usage = Usage { input, output, ..Usage::default() };
-                    if let Ok(outcome) = decision.settle(&format!("h{hold}"), usage, EndReason::Finish) {
+                    if let Ok(outcome) = decision.settle(&format!("h{hold}"), usage, EndReason::Finish, 1) {
                         // The same settle again answers the same and moves nothing.
                         let before = decision.ledger().clone();
-                        let again = decision.settle(&format!("h{hold}"), usage, EndReason::Finish).unwrap();
+                        let again = decision.settle(&format!("h{hold}"), usage, EndReason::Finish, 1).unwrap();
                         prop_assert_eq!(again.charged, outcome.charged);
                         prop_assert_eq!(decision.ledger(), &before);
                     }
@@ -134,7 +135,7 @@ proptest! {
 }
 
 fn at(ledger: &Ledger, now_ms: i64) -> Decision {
-    Decision::begin(ledger.clone(), &caller(), Zone::parse("+08:00").unwrap(), now_ms)
+    Decision::begin(ledger.clone(), Some(&caller()), Zone::parse("+08:00").unwrap(), now_ms)
 }
 
 fn tokens(input: u64, output: u64) -> Usage {
@@ -160,7 +161,7 @@ fn a_late_settle_moves_nothing_and_is_written_off() {
     decision.reserve(&ask(1, 10, 100)).unwrap();
     let (ledger, _) = decision.finish();
     let mut late = at(&ledger, START_MS + 600_000);
-    let outcome = late.settle("h1", tokens(10, 20), EndReason::Finish).unwrap();
+    let outcome = late.settle("h1", tokens(10, 20), EndReason::Finish, 1).unwrap();
     assert_eq!((outcome.charged, outcome.written_off), (0, 30));
     let (ledger, changes) = late.finish();
     assert_eq!(changes.iter().filter(|change| matches!(change, Change::Entry(_))).count(), 3);
@@ -176,7 +177,7 @@ fn a_hold_settles_in_the_day_it_was_taken_in() {
     let after_midnight = START_MS + 3_605_000;
     let mut decision = at(&ledger, after_midnight);
     assert_eq!(decision.ledger().free(QuotaType::Daily, &zone.period(QuotaType::Daily, after_midnight)), 10_000);
-    decision.settle("h1", tokens(10, 20), EndReason::Finish).unwrap();
+    decision.settle("h1", tokens(10, 20), EndReason::Finish, 1).unwrap();
     let (ledger, _) = decision.finish();
     assert_eq!(ledger.used(QuotaType::Daily, &zone.period(QuotaType::Daily, START_MS)), 30);
     assert_eq!(ledger.used(QuotaType::Daily, &zone.period(QuotaType::Daily, after_midnight)), 0);
@@ -189,7 +190,7 @@ fn thresholds_are_told_once_a_period() {
     for hold in 0..10 {
         let mut decision = at(&ledger, START_MS);
         decision.reserve(&ask(hold, 0, 1_000)).unwrap();
-        let outcome = decision.settle(&format!("h{hold}"), tokens(0, 1_000), EndReason::Finish).unwrap();
+        let outcome = decision.settle(&format!("h{hold}"), tokens(0, 1_000), EndReason::Finish, 1).unwrap();
         told.extend(outcome.crossings.into_iter().map(|crossing| (hold, format!("{:?}", crossing.level))));
         ledger = decision.finish().0;
     }
@@ -207,9 +208,9 @@ fn a_reserve_overtaken_by_its_release_leaves_no_hold() {
 fn the_newest_token_decides_the_role() {
     let zone = Zone::parse("+08:00").unwrap();
     let with = |role, issued_at| Caller { user_id: "u".to_owned(), role, issued_at };
-    let (ledger, _) = Decision::begin(Ledger::default(), &with(Role::Vip, 20), zone, START_MS).finish();
-    let (older, _) = Decision::begin(ledger.clone(), &with(Role::Reader, 10), zone, START_MS).finish();
+    let (ledger, _) = Decision::begin(Ledger::default(), Some(&with(Role::Vip, 20)), zone, START_MS).finish();
+    let (older, _) = Decision::begin(ledger.clone(), Some(&with(Role::Reader, 10)), zone, START_MS).finish();
     assert_eq!(older.limit(QuotaType::Daily), Limit::Tokens(100_000));
-    let (newer, _) = Decision::begin(ledger, &with(Role::Admin, 30), zone, START_MS).finish();
+    let (newer, _) = Decision::begin(ledger, Some(&with(Role::Admin, 30)), zone, START_MS).finish();
     assert_eq!(newer.limit(QuotaType::Daily), Limit::Unlimited);
 }

@@ -28,8 +28,23 @@ const LONG_FUNCTIONS: [(&str, &str, &str); 0] = [];
 /// The crates that are the runtime.
 const RUNTIME: [&str; 4] = ["worker", "wasm_bindgen", "js_sys", "web_sys"];
 /// Names of files that may know the runtime, wherever they stand; so may all of `src/platform` and the root files below.
-const EDGE_NAMES: [&str; 9] =
-    ["routes.rs", "object.rs", "store.rs", "client.rs", "engine.rs", "pump.rs", "index.rs", "projection.rs", "turns.rs"];
+const EDGE_NAMES: [&str; 15] = [
+    "routes.rs",
+    "object.rs",
+    "store.rs",
+    "client.rs",
+    "engine.rs",
+    "pump.rs",
+    "index.rs",
+    "projection.rs",
+    "turns.rs",
+    "admin_routes.rs",
+    "codes.rs",
+    "outbox.rs",
+    "periods.rs",
+    "reports.rs",
+    "webhook.rs",
+];
 const EDGE_ROOTS: [&str; 3] = ["src/lib.rs", "src/router.rs", "src/config.rs"];
 
 /// What each module may use: the table of ARCHITECTURE.md.

@@ -21,9 +21,19 @@ use crate::generation::Ids;
 use crate::generation::event::Mode;
 use crate::generation::store::IdempotencyKey;
 use crate::identity::Caller;
-use crate::quota::Usage;
+use crate::quota::{Crossing, Usage};
 use settings::Settings;
 use turn::ClientMessage;
+
+/// The binding of the session objects.
+pub const BINDING: &str = "CHAT_SESSION";
+
+/// The name of a session's object: made from its verified owner, so that another's id names another, empty object.
+/// Session ids hold no slash, so no two pairs make one name.
+#[must_use]
+pub fn object_name(user_id: &str, session_id: &str) -> String {
+    format!("{user_id}/{session_id}")
+}
 
 /// Whether a session takes messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -219,6 +229,28 @@ pub enum Command {
         /// The message.
         message_id: String,
     },
+    /// What a turn would hold at most, without starting it.
+    Quote {
+        /// The turn.
+        kind: TurnKind,
+        /// Its options.
+        options: Settings,
+    },
+    /// From the user's ledger: thresholds were crossed, tell the running stream.
+    QuotaEvent {
+        /// Which.
+        crossings: Vec<Crossing>,
+    },
+}
+
+/// What the session's own ledger sends it: the one call that comes from no user.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Incoming {
+    /// A user's call.
+    Call(Call),
+    /// A ledger's word.
+    Word(Command),
 }
 
 /// A command with who gives it and to which session.

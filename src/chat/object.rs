@@ -19,7 +19,7 @@ use worker::wasm_bindgen;
 use worker::{DurableObject, Env, Request, Response, State, durable_object};
 
 use super::turns::{self, Desk};
-use super::{Call, Command, Delivery, Page, Patch, Session, Status, Turn, TurnKind, WholeAnswer, store, wire};
+use super::{Call, Command, Delivery, Incoming, Page, Patch, Session, Status, Turn, TurnKind, WholeAnswer, store, wire};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::generation::engine::{Engine, Owner};
@@ -28,6 +28,7 @@ use crate::generation::live::{Live, StopWish};
 use crate::generation::store as generations;
 use crate::platform::sql::{Sql, SqlError};
 use crate::platform::{call, clock, log, respond};
+use crate::quota::Estimate;
 
 /// While a generation runs, an alarm looks after it this often, ms: the longest a killed one stays unnoticed.
 const WATCH_MS: i64 = 30_000;
@@ -35,6 +36,8 @@ const WATCH_MS: i64 = 30_000;
 const REINDEX_MS: i64 = 5_000;
 /// A caller who stops a generation waits at most this long for its end, ms.
 const STOP_WAIT_MS: u64 = 5_000;
+/// A whole answer whose time is up must be charged and saved within this, ms: the client gives up at 15 s.
+const WHOLE_END_MS: u64 = 2_000;
 /// A stream is broken off this long after its `error` event, ms.
 const BREAK_AFTER_MS: u64 = 250;
 /// The list in D1 may delay an answer by at most this, ms.
@@ -61,8 +64,12 @@ impl DurableObject for ChatSession {
     }
 
     async fn fetch(&self, mut request: Request) -> worker::Result<Response> {
-        let call = match request.text().await.map(|text| serde_json::from_str::<Call>(&text)) {
-            Ok(Ok(call)) => call,
+        let call = match request.text().await.map(|text| serde_json::from_str::<Incoming>(&text)) {
+            Ok(Ok(Incoming::Call(call))) => call,
+            Ok(Ok(Incoming::Word(Command::QuotaEvent { crossings }))) => {
+                self.engine.tell(&crossings);
+                return call::answer(&Ok(json!({})));
+            }
             _ => return call::answer::<Value>(&Err(ApiError::internal())),
         };
         match self.serve(call).await {
@@ -101,7 +108,8 @@ impl ChatSession {
     async fn serve(&self, call: Call) -> Result<Answer, ApiError> {
         let config = Config::of(&self.env)?;
         let makes = matches!(&call.command, Command::Create { .. })
-            || matches!(&call.command, Command::Turn(turn) if matches!(turn.kind, TurnKind::Ask { create: true, .. }));
+            || matches!(&call.command, Command::Turn(turn) if matches!(turn.kind, TurnKind::Ask { create: true, .. }))
+            || matches!(&call.command, Command::Quote { kind: TurnKind::Ask { create: true, .. }, .. });
         if !self.ready(makes)? {
             return Err(ApiError::not_found("会话"));
         }
@@ -140,6 +148,17 @@ impl ChatSession {
                 Ok(Answer::Whole(json!({})))
             }
             Command::SetPath { message_id } => self.set_path(&message_id).await.map(Answer::Whole),
+            Command::Quote { kind, options } => {
+                let turn = Turn { kind, options, key: None, delivery: Delivery::Stream(Mode::Delta) };
+                let job = turns::prepare(&self.desk.sql, &config, &call.caller, &call.session_id, &turn, clock::now_ms())?;
+                Ok(Answer::Whole(json!(Estimate {
+                    model: job.model,
+                    prompt_tokens: job.prompt_upper,
+                    output_tokens: job.max_output,
+                    price: job.price,
+                })))
+            }
+            Command::QuotaEvent { .. } => Err(ApiError::internal()),
         }
     }
 
@@ -220,7 +239,7 @@ impl ChatSession {
                 if own {
                     live.wish_stop(StopWish::Time);
                 }
-                clock::within(STOP_WAIT_MS, live.finished()).await.ok_or_else(ApiError::provider_timeout)??
+                clock::within(WHOLE_END_MS, live.finished()).await.ok_or_else(ApiError::provider_timeout)??
             }
         };
         let ids = &live.ids;

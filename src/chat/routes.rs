@@ -10,15 +10,16 @@ use worker::Response;
 use super::index::{self, Filter};
 use super::settings::Settings;
 use super::turn::{self, ClientMessage};
-use super::{Call, Command, Delivery, Page, Patch, Status, Turn, TurnKind, WholeAnswer, wire};
+use super::{BINDING, Call, Command, Delivery, Page, Patch, Status, Turn, TurnKind, WholeAnswer, object_name, wire};
 use crate::error::ApiError;
 use crate::generation::event::{Mode, usage_json};
 use crate::generation::store::IdempotencyKey;
 use crate::platform::request::{Body, Ctx, is_id};
 use crate::platform::{call, clock, ids, log, respond};
+use crate::quota::Estimate;
 use crate::quota::client::LedgerClient;
+use crate::quota::wire as quota_wire;
 
-const BINDING: &str = "CHAT_SESSION";
 /// A non-streaming answer is given after this at the latest, with what there is, ms (contract 3.5 rule 8: aim for 12 s).
 const WHOLE_MS: i64 = 12_000;
 /// An object answers everything but a turn within this, ms.
@@ -213,7 +214,7 @@ async fn events(response: Response) -> Answer {
 
 async fn ask(ctx: &Ctx, session_id: &str, command: Command, limit_ms: u64) -> Answer {
     let caller = ctx.caller()?.clone();
-    let name = format!("{}/{session_id}", caller.user_id);
+    let name = object_name(&caller.user_id, session_id);
     let call = Call { caller, session_id: session_id.to_owned(), command };
     call::raw(&ctx.env, BINDING, &name, &call, limit_ms).await
 }
@@ -239,6 +240,33 @@ pub async fn resume(ctx: Ctx) -> Answer {
     events(ask(&ctx, &session_id, command, limit_ms).await?).await
 }
 
+/// `POST /ai/quota/quote`: what the body of a chat turn would hold and at most cost, and whether it fits. Nothing is
+/// called, held or stored.
+///
+/// # Errors
+/// As [`send`] for the body; 503 when the ledger is away.
+pub async fn quote(mut ctx: Ctx) -> Answer {
+    let Body { value: say, .. } = ctx.body::<Say>().await?;
+    turn::checked_message(&say.message)?;
+    turn::checked_history(say.history.as_deref().unwrap_or_default())?;
+    let named = say.session_id.filter(|id| !id.is_empty());
+    if named.as_deref().is_some_and(|id| !is_id(id)) {
+        return Err(ApiError::not_found("会话"));
+    }
+    let kind = TurnKind::Ask {
+        content: say.message,
+        history: say.history.unwrap_or_default(),
+        project_id: None,
+        create: named.is_none(),
+    };
+    let command = Command::Quote { kind, options: say.options.unwrap_or_default() };
+    // A turn without a session is quoted by an object that never becomes one.
+    let response = ask(&ctx, named.as_deref().unwrap_or("quote"), command, CALL_MS).await?;
+    let estimate: Estimate = call::outcome(BINDING, response).await?;
+    let quotas = LedgerClient::of(&ctx.env, ctx.caller()?).quotas().await?;
+    respond::ok(&ctx.request_id, "获取成功", &quota_wire::quote(&estimate, &quotas))
+}
+
 /// `POST …/sessions/:id/stop`: stops the running generation; what was delivered is kept and charged.
 ///
 /// # Errors
@@ -253,14 +281,10 @@ pub async fn stop(ctx: Ctx) -> Answer {
 /// # Errors
 /// 400/1001 for a bad filter; 500/5001 when the list cannot be read.
 pub async fn list(ctx: Ctx) -> Answer {
-    let paged = ctx.param("page").is_some() || ctx.param("pageSize").is_some() || ctx.param("page_size").is_some();
-    let limit_name = if ctx.param("page_size").is_some() { "page_size" } else { "pageSize" };
-    let (limit, offset, page) = if paged {
-        let size = ctx.number(limit_name, 20, 1..=1_000)?;
-        let page = ctx.number("page", 1, 1..=1_000_000)?;
-        (size, (page - 1) * size, page)
-    } else {
-        (ctx.number("limit", 20, 1..=1_000_000)?, ctx.number("offset", 0, 0..=10_000_000)?, 1)
+    let paged = ctx.page()?;
+    let (limit, offset) = match paged {
+        Some((page, size)) => (size, (page - 1) * size),
+        None => (ctx.number("limit", 20, 1..=1_000_000)?, ctx.number("offset", 0, 0..=10_000_000)?),
     };
     let status = match ctx.param("status") {
         None => None,
@@ -284,10 +308,9 @@ pub async fn list(ctx: Ctx) -> Answer {
     let found = clock::within(LIST_MS, index::list(&ctx.env, &filter)).await.ok_or_else(|| failed(&"no answer in time"))?;
     let (sessions, total) = found.map_err(|e| failed(&e))?;
     let rows: Vec<Value> = sessions.iter().map(|session| wire::session(session, &ctx.config)).collect();
-    if paged {
-        respond::page(&ctx.request_id, rows, total, page, limit)
-    } else {
-        respond::ok(&ctx.request_id, "获取成功", &json!(rows))
+    match paged {
+        Some((page, size)) => respond::page(&ctx.request_id, rows, total, page, size),
+        None => respond::ok(&ctx.request_id, "获取成功", &json!(rows)),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::error::ApiError;
 const SYSTEM_PROMPT_CHARS_MAX: usize = 20_000;
 /// Output when nobody says how much, tokens (the platform's own stub asks for as many).
 pub const MAX_TOKENS_DEFAULT: u64 = 2_000;
-/// Temperature shown for a session that sets none.
+/// Temperature of a session that sets none.
 pub const TEMPERATURE_DEFAULT: f64 = 0.7;
 
 /// What a session's user set, and what a call's `options` set for itself (contract 2.0); absent means default.

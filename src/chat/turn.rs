@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::settings::{MAX_TOKENS_DEFAULT, Settings};
+use super::settings::{MAX_TOKENS_DEFAULT, Settings, TEMPERATURE_DEFAULT};
 use crate::config::{Config, Model};
 use crate::error::ApiError;
 use crate::llm::{PromptMessage, Sampling, Speaker};
@@ -53,7 +53,7 @@ pub fn plan(config: &Config, session: &Settings, options: &Settings) -> Result<P
     let wanted = settings.max_tokens.and_then(|tokens| u64::try_from(tokens).ok()).filter(|tokens| *tokens > 0);
     let max_output = wanted.unwrap_or(MAX_TOKENS_DEFAULT).min(model.max_output);
     let sampling = Sampling {
-        temperature: settings.temperature,
+        temperature: settings.temperature.or(Some(TEMPERATURE_DEFAULT)),
         top_p: settings.top_p,
         frequency_penalty: settings.frequency_penalty,
         presence_penalty: settings.presence_penalty,

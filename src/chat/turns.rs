@@ -22,6 +22,7 @@ use crate::identity::Caller;
 use crate::platform::sql::{Sql, SqlError};
 use crate::platform::{clock, ids, log};
 use crate::quota::Service;
+use crate::quota::books::Watcher;
 
 /// What the messages of a turn will be, kept with its job until the provider begins.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -158,6 +159,8 @@ fn job(
         caller: caller.clone(),
         service: Service::Chat,
         hold_id: ids::new_id(now_ms),
+        watcher: Watcher { binding: super::BINDING.to_owned(), object: super::object_name(&caller.user_id, session_id) },
+        started_at: now_ms,
         model: plan.model.id.clone(),
         upstream: plan.model.upstream.clone(),
         context_window: plan.model.context_window,

@@ -29,6 +29,8 @@ use crate::platform::{clock, log};
 use crate::quota::client::LedgerClient;
 use crate::quota::{Crossing, EndReason, Reserve, Usage};
 
+/// A refused caller waits at most this for the hold to be freed, ms.
+const RELEASE_MS: u64 = 500;
 /// The index in D1 may delay the end of a stream by at most this, ms.
 const PUBLISH_MS: u64 = 2_000;
 /// Ids above the stored log that an interrupted generation may have sent: an answer has at most 2^20 bytes and every
@@ -72,6 +74,13 @@ impl Engine {
     #[must_use]
     pub fn live(&self, id: &str) -> Option<Rc<Live>> {
         self.lives.borrow().get(id).cloned()
+    }
+
+    /// Tells every living generation's readers that thresholds were crossed, by another generation of the same user.
+    pub fn tell(&self, crossings: &[Crossing]) {
+        for live in self.lives.borrow().values() {
+            live.announce(crossings);
+        }
     }
 
     /// A generation to read from: the living one, or its log.
@@ -166,15 +175,23 @@ impl Engine {
         match primed {
             Ok(primed) => self.pump(owner, job, live, primed).await,
             Err(error) => {
-                // The hold may stand (the provider failed) or not (the ledger refused): releasing is right for both.
-                if error.code != 3010 && error.code != 3011 && ledger.release(&job.hold_id).await.is_err() {
-                    log::error("release", &id, &"left to its expiry");
-                }
                 if let Err(cause) = store::forget(&self.sql, &id) {
                     log::error("forget", &id, &cause);
                 }
                 self.lives.borrow_mut().remove(&id);
+                // The hold may stand (the provider failed) or not (the ledger refused): releasing is right for both. It
+                // is waited for a moment, so that a retry finds the tokens free, but not for a ledger that is away.
+                let mut release = Box::pin(ledger.release(&job.hold_id));
+                let held = ![3010, 3011].contains(&error.code);
+                let freed = if held { clock::within(RELEASE_MS, release.as_mut()).await } else { Some(Ok(())) };
                 live.refuse(error);
+                let freed = match freed {
+                    Some(freed) => freed,
+                    None => release.await,
+                };
+                if freed.is_err() {
+                    log::error("release", &id, &"left to its expiry");
+                }
             }
         }
     }
@@ -186,7 +203,7 @@ impl Engine {
         let request = ChatRequest::new(job.upstream.clone(), job.prompt.clone(), granted, job.sampling);
         let first_event = async {
             let connection = client::open(&config, &request, &job.ids.request_id).await?;
-            let (mut answer, mut pieces, mut result) = (Answer::default(), Vec::new(), Ok(()));
+            let (mut answer, mut pieces, mut result) = (Answer::of_tokens(granted), Vec::new(), Ok(()));
             while answer.events == 0 && result.is_ok() {
                 let Some(bytes) = connection.next().await? else { break };
                 result = answer.feed(&bytes, |piece| pieces.push(piece.to_owned()));
@@ -205,7 +222,7 @@ impl Engine {
             Either::Left((Some(primed), _)) => primed,
             Either::Left((None, _)) | Either::Right((StopWish::Time, _)) => Err(ApiError::provider_timeout()),
             Either::Right((StopWish::Author, _)) => {
-                Ok(Primed { connection: None, answer: Answer::default(), pieces: vec![], result: Ok(()) })
+                Ok(Primed { connection: None, answer: Answer::of_tokens(0), pieces: vec![], result: Ok(()) })
             }
         }
     }
@@ -272,7 +289,10 @@ impl Engine {
     async fn charge(&self, job: &Job, ending: &Ending) -> (Option<u64>, Vec<Crossing>) {
         let ledger = LedgerClient::of(&self.env, &job.caller);
         let outcome = match ending.usage {
-            Some(usage) => ledger.settle(&job.hold_id, usage, ending.reason).await.map(|done| (done.charged, done.crossings)),
+            Some(usage) => ledger
+                .settle(&job.hold_id, usage, ending.reason, ending.duration_ms)
+                .await
+                .map(|done| (done.charged, done.crossings)),
             None => ledger.release(&job.hold_id).await.map(|()| (0, Vec::new())),
         };
         match outcome {
@@ -295,6 +315,7 @@ fn reservation(job: &Job, ttl_ms: i64) -> Reserve {
         hold_id: job.hold_id.clone(),
         request_id: job.ids.request_id.clone(),
         message_id: job.ids.message_id.clone(),
+        watcher: Some(job.watcher.clone()),
         service: job.service,
         model: job.model.clone(),
         price: job.price,
@@ -309,6 +330,7 @@ fn interrupted(usage: Option<Usage>) -> Ending {
         reason: EndReason::Interrupted,
         finish_reason: "interrupted".to_owned(),
         usage,
+        duration_ms: 0,
         error: Some(ApiError::interrupted()),
     }
 }

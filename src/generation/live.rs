@@ -15,6 +15,7 @@ use futures::Stream;
 use super::event::{Event, Mode, Renderer};
 use super::{Ending, Ids};
 use crate::error::ApiError;
+use crate::quota::Crossing;
 
 /// Most bytes of one write to a client: what a slow reader makes us hold.
 const WRITE_BYTES_MAX: usize = 64 * 1024;
@@ -57,6 +58,8 @@ struct Inner {
     events: Vec<(u64, Event)>,
     beats: u64,
     stop: Option<StopWish>,
+    /// Thresholds another generation of the same user crossed, for the pump to log.
+    news: Vec<Crossing>,
     /// Readers and waiting callers.
     watchers: Vec<Waker>,
     /// The pump, waiting for a wish to stop: woken by that alone.
@@ -65,7 +68,7 @@ struct Inner {
 
 impl Inner {
     fn new(phase: Phase, events: Vec<(u64, Event)>) -> RefCell<Self> {
-        RefCell::new(Self { phase, events, beats: 0, stop: None, watchers: Vec::new(), stoppers: Vec::new() })
+        RefCell::new(Self { phase, events, beats: 0, stop: None, news: Vec::new(), watchers: Vec::new(), stoppers: Vec::new() })
     }
 }
 
@@ -123,6 +126,16 @@ impl Live {
     /// Refuses it: it failed before its first event.
     pub fn refuse(&self, error: ApiError) {
         self.change(|inner| inner.phase = Phase::Refused(error));
+    }
+
+    /// Thresholds were crossed elsewhere: the pump will log them.
+    pub fn announce(&self, crossings: &[Crossing]) {
+        self.inner.borrow_mut().news.extend_from_slice(crossings);
+    }
+
+    /// Thresholds that were announced since the last look.
+    pub fn take_news(&self) -> Vec<Crossing> {
+        std::mem::take(&mut self.inner.borrow_mut().news)
     }
 
     /// A heartbeat: every reader that has nothing to write writes a comment.
@@ -254,6 +267,12 @@ impl EventStream {
                 break;
             }
         }
+        let last = inner.events.last().map_or(0, |(seq, _)| *seq);
+        if out.is_empty() && self.state != Reading::Open && self.after > last {
+            // The client claims events that never were: an empty stream would look complete to it.
+            self.renderer.render(self.after.saturating_add(1), &Event::error(&ApiError::beyond_the_log()), out);
+            self.state = Reading::Breaking;
+        }
         if out.is_empty() && inner.beats > self.beats {
             out.extend_from_slice(b": ping\n\n");
         }
@@ -294,7 +313,8 @@ mod tests {
     use crate::quota::{EndReason, Usage};
 
     fn finished() -> Finished {
-        let ending = Ending { reason: EndReason::Finish, finish_reason: "stop".to_owned(), usage: None, error: None };
+        let ending =
+            Ending { reason: EndReason::Finish, finish_reason: "stop".to_owned(), usage: None, duration_ms: 0, error: None };
         Finished { text: "ab".to_owned(), ending, charged: 0 }
     }
 
@@ -349,6 +369,10 @@ mod tests {
         // A client that saw more than was stored (ids 2..9) is told the end all the same.
         let mut beyond = live.stream(Mode::Delta, 5);
         assert!(text(beyond.next().now_or_never()).starts_with("id: 9\nevent: error"));
+        let mut claimed = live.stream(Mode::Delta, 70);
+        assert!(text(claimed.next().now_or_never()).starts_with("id: 71\nevent: error"));
+        let mut told = live.stream(Mode::Delta, 9);
+        assert!(told.next().now_or_never().unwrap().unwrap().is_err(), "told before: only broken");
     }
 
     #[test]

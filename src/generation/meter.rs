@@ -4,7 +4,8 @@
 //! - Text delivered and a believable usage reported: that usage.
 //! - Text delivered and none (or an unbelievable one): an estimate, flagged; a lie is flagged besides.
 //!
-//! How it ended does not change the price of what was delivered; the ledger caps every charge by its hold. PURE.
+//! How it ended does not change the price of what was delivered. The ledger charges no more output than it granted, and no
+//! more in all than the balance holds. PURE.
 
 use crate::llm::answer::Answer;
 use crate::llm::tokens;
@@ -63,7 +64,7 @@ mod tests {
     use crate::llm::answer::Reported;
 
     fn answer(text: &str, usage: Option<(u64, u64)>, hostile: bool) -> Answer {
-        let mut answer = Answer::default();
+        let mut answer = Answer::of_tokens(1_000);
         answer.text = text.to_owned();
         answer.deltas = text.chars().count() as u64;
         answer.usage = usage.map(|(input, output)| Reported { input, output, reasoning: 0, cached: 0 });

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::identity::Caller;
 use crate::llm::{PromptMessage, Sampling};
+use crate::quota::books::Watcher;
 use crate::quota::price::Price;
 use crate::quota::{EndReason, Service, Usage};
 
@@ -42,6 +43,10 @@ pub struct Job {
     pub service: Service,
     /// The hold in the payer's ledger.
     pub hold_id: String,
+    /// The object this runs in: the ledger tells it of thresholds.
+    pub watcher: Watcher,
+    /// When it was asked for, unix ms.
+    pub started_at: i64,
     /// Catalogue id of the model.
     pub model: String,
     /// The provider's name of the model.
@@ -74,6 +79,9 @@ pub struct Ending {
     pub finish_reason: String,
     /// What was used; `None` when nothing was delivered.
     pub usage: Option<Usage>,
+    /// How long it took, ms.
+    #[serde(default)]
+    pub duration_ms: u64,
     /// The error a cut answer ends with; `None` when it ends in `done`.
     pub error: Option<crate::error::ApiError>,
 }

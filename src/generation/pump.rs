@@ -145,13 +145,21 @@ impl<'a> Pump<'a> {
 
     /// Appends pieces of text as events.
     pub fn deliver(&mut self, pieces: Vec<String>) {
-        if pieces.is_empty() {
+        let events = pieces.into_iter().map(|piece| {
+            self.delivered += 1;
+            Event::Delta(piece, self.delivered)
+        });
+        let events: Vec<Event> = events.collect();
+        self.append(events);
+    }
+
+    fn append(&mut self, events: Vec<Event>) {
+        if events.is_empty() {
             return;
         }
         let start = self.pending.len();
-        for piece in pieces {
-            self.delivered += 1;
-            self.pending.push((self.next_seq, Event::Delta(piece, self.delivered)));
+        for event in events {
+            self.pending.push((self.next_seq, event));
             self.next_seq += 1;
         }
         self.live.append(self.pending.get(start..).unwrap_or_default());
@@ -171,6 +179,7 @@ impl<'a> Pump<'a> {
     }
 
     fn tick(&mut self, config: &Config) -> Option<Outcome> {
+        self.append(self.live.take_news().into_iter().map(Event::Quota).collect());
         let now = clock::now_ms();
         if !self.pending.is_empty() && now - self.flushed_at >= FLUSH_MS {
             self.flush(now);
@@ -198,7 +207,7 @@ impl<'a> Pump<'a> {
     /// Makes the rest durable and hands over the answer.
     pub fn finish(&mut self) -> Answer {
         self.flush(clock::now_ms());
-        std::mem::take(&mut self.answer)
+        std::mem::replace(&mut self.answer, Answer::of_tokens(0))
     }
 }
 
@@ -213,7 +222,8 @@ pub fn ending(job: &Job, answer: &Answer, outcome: &Outcome) -> Ending {
         Outcome::Broken(broken) => (EndReason::ProviderError, "error", Some(refusal(broken))),
     };
     let usage = meter::usage(answer, job.prompt_typical, job.context_window);
-    Ending { reason, finish_reason: finish_reason.to_owned(), usage, error }
+    let duration_ms = u64::try_from(clock::now_ms() - job.started_at).unwrap_or(0);
+    Ending { reason, finish_reason: finish_reason.to_owned(), usage, duration_ms, error }
 }
 
 /// What a broken-off stream means to a caller.

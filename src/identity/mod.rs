@@ -2,6 +2,7 @@
 //!
 //! PURE. Verification of tokens is in [`token`].
 
+pub mod signature;
 pub mod token;
 
 use serde::{Deserialize, Serialize};
@@ -55,4 +56,10 @@ pub struct Caller {
     pub role: Role,
     /// When the token was issued, unix seconds (0 if it does not say): the newest token's role counts.
     pub issued_at: i64,
+}
+
+/// Whether `id` can be a user's: 1–128 bytes, not blank, no control characters (objects of reserved names have one).
+#[must_use]
+pub fn is_user_id(id: &str) -> bool {
+    !id.trim().is_empty() && id.len() <= 128 && !id.chars().any(char::is_control)
 }

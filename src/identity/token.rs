@@ -16,7 +16,7 @@ use jwt_compact::prelude::*;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use super::{Caller, Role};
+use super::{Caller, Role, is_user_id};
 use crate::error::ApiError;
 
 /// Clocks may differ by this much, seconds: forgiven at `exp` and `nbf`.
@@ -167,8 +167,7 @@ impl Verifier {
     fn caller(&self, claims: &Claims<Custom>) -> Result<Caller, ApiError> {
         let custom = &claims.custom;
         let user_id = custom.user_id.as_deref().or(custom.sub.as_deref()).unwrap_or_default();
-        let printable = user_id.chars().all(|c| !c.is_control());
-        if user_id.trim().is_empty() || user_id.len() > 128 || !printable {
+        if !is_user_id(user_id) {
             return Err(ApiError::token_invalid());
         }
         let role = custom.role.iter().chain(&custom.roles).filter_map(|word| Role::from_claim(word)).max().unwrap_or_default();

@@ -15,6 +15,10 @@ use crate::quota::SAFE_INTEGER_MAX;
 
 /// The longest answer that is kept, bytes: it must fit a row (2 MB). Beyond, it ends as if cut by length.
 pub const TEXT_BYTES_MAX: usize = 1024 * 1024;
+/// More bytes than any tokenizer's tokens have on average: a provider that sends more ignores the `max_tokens` it got.
+const BYTES_PER_TOKEN_MAX: usize = 64;
+/// What even the shortest answer may have, bytes.
+const TEXT_BYTES_MIN: usize = 4 * 1024;
 
 /// Why an answer broke off.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,9 +45,11 @@ pub struct Reported {
 }
 
 /// The answer so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Answer {
     parser: SseParser,
+    /// Bytes of text after which it ends as if cut by length.
+    text_bytes_max: usize,
     /// The text so far.
     pub text: String,
     /// Reasoning the model showed, kept apart from the text.
@@ -74,6 +80,9 @@ struct Chunk<'a> {
 
 #[derive(Deserialize)]
 struct Choice<'a> {
+    /// Only the first choice is the answer.
+    #[serde(default)]
+    index: u64,
     #[serde(borrow, default)]
     delta: Option<Delta<'a>>,
     #[serde(borrow, default)]
@@ -91,6 +100,24 @@ struct Delta<'a> {
 }
 
 impl Answer {
+    /// An answer of at most `max_tokens` tokens, by what the provider was asked.
+    #[must_use]
+    pub fn of_tokens(max_tokens: u64) -> Self {
+        let bytes = usize::try_from(max_tokens).unwrap_or(usize::MAX).saturating_mul(BYTES_PER_TOKEN_MAX);
+        Self {
+            parser: SseParser::default(),
+            text_bytes_max: bytes.clamp(TEXT_BYTES_MIN, TEXT_BYTES_MAX),
+            text: String::new(),
+            reasoning: String::new(),
+            deltas: 0,
+            events: 0,
+            finish: None,
+            done: false,
+            usage: None,
+            hostile: false,
+        }
+    }
+
     /// Takes the next bytes; calls `delta` with each new piece of text.
     ///
     /// # Errors
@@ -134,7 +161,7 @@ impl Answer {
         if let Some(error) = chunk.error.filter(|error| error.get() != "null") {
             return Err(Broken::ProviderError(error_status(error)));
         }
-        for choice in chunk.choices.into_iter().flatten() {
+        for choice in chunk.choices.into_iter().flatten().filter(|choice| choice.index == 0) {
             self.choice(choice, delta);
         }
         if let Some(usage) = chunk.usage.filter(|usage| usage.get() != "null") {
@@ -149,7 +176,7 @@ impl Answer {
     fn choice(&mut self, choice: Choice<'_>, delta: &mut impl FnMut(&str)) {
         if let Some(piece) = choice.delta {
             if let Some(text) = piece.content.filter(|text| !text.is_empty()) {
-                let room = TEXT_BYTES_MAX.saturating_sub(self.text.len());
+                let room = self.text_bytes_max.saturating_sub(self.text.len());
                 let mut fits = room.min(text.len());
                 while !text.is_char_boundary(fits) {
                     fits -= 1;
@@ -214,7 +241,7 @@ mod tests {
     const FINISH: &str = "data: {\"choices\":[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
 
     fn read(stream: &str) -> (Answer, Vec<String>, Result<(), Broken>) {
-        let mut answer = Answer::default();
+        let mut answer = Answer::of_tokens(u64::MAX);
         let mut pieces = Vec::new();
         let result = answer.feed(stream.as_bytes(), |piece| pieces.push(piece.to_owned()));
         let result = result.and_then(|()| answer.end());
@@ -236,6 +263,7 @@ mod tests {
             format!("{}data: {{\"choices\":null}}\n\n{FINISH}", delta("a")),
             format!("{}{FINISH}", delta("a")),
             format!("{}data: [DONE]\n\n", delta("a")),
+            format!("{}data: {{\"choices\":[{{\"index\":1,\"delta\":{{\"content\":\"b\"}}}}]}}\n\n{FINISH}", delta("a")),
             format!(": ping\n\n{}\n\n{FINISH}", delta("a")),
             format!("data: {{\"choices\":[{{\"delta\":{{\"reasoning_content\":\"hm\"}}}}]}}\n\n{}{FINISH}", delta("a")),
             format!(
@@ -290,9 +318,16 @@ mod tests {
     }
 
     #[test]
+    fn a_provider_that_ignores_max_tokens_is_cut() {
+        let mut answer = Answer::of_tokens(100);
+        answer.feed(delta(&"字".repeat(10_000)).as_bytes(), |_| ()).unwrap();
+        assert!(answer.done && answer.text.len() <= 6_400, "{}", answer.text.len());
+    }
+
+    #[test]
     fn an_endless_answer_ends_at_the_cap() {
         let piece = delta(&"字".repeat(100_000));
-        let mut answer = Answer::default();
+        let mut answer = Answer::of_tokens(u64::MAX);
         for _ in 0..5 {
             answer.feed(piece.as_bytes(), |_| ()).unwrap();
         }

@@ -13,8 +13,3 @@ pub fn error(what: &str, request_id: &str, cause: &dyn std::fmt::Display) {
     let cause: String = cause.to_string().lines().next().unwrap_or_default().chars().take(CAUSE_CHARS_MAX).collect();
     worker::console_error!("{}", json!({"level": "error", "what": what, "request_id": request_id, "cause": cause}));
 }
-
-/// Something happened that explains the books or a support question later.
-pub fn info(what: &str, request_id: &str, facts: &serde_json::Value) {
-    worker::console_log!("{}", json!({"level": "info", "what": what, "request_id": request_id, "facts": facts}));
-}

@@ -3,11 +3,13 @@
 //! Invariant: balance = limit − settled − held, and settled is the fold of entries. Rows say how things are; what may
 //! happen to them is decided in [`super::ledger`]. PURE.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::period::Zone;
 use super::price::Price;
-use super::{EndReason, Level, Limit, QuotaState, QuotaType, Service, Settlement, Usage};
+use super::{Crossing, Level, Limit, QuotaState, QuotaType, SAFE_INTEGER_MAX, Service, Settlement, Usage};
 use crate::identity::Role;
 
 /// Who the user is to the ledger.
@@ -17,6 +19,18 @@ pub struct Account {
     pub role: Role,
     /// `iat` of the token the role came from, unix seconds.
     pub role_issued_at: i64,
+    /// An administrator set the role: tokens no longer change it.
+    #[serde(default)]
+    pub role_set: bool,
+    /// Limits an administrator set, tokens; they stand until `initialize`.
+    #[serde(default)]
+    pub limits: BTreeMap<QuotaType, u64>,
+    /// Tokens recharged; they add to the limit for good.
+    #[serde(default)]
+    pub credit: BTreeMap<QuotaType, u64>,
+    /// When codes were tried that did not redeem, unix ms; only recent ones.
+    #[serde(default)]
+    pub code_tries: Vec<i64>,
     /// New holds are refused; running ones settle.
     pub suspended: bool,
     /// First touch, unix ms.
@@ -65,6 +79,9 @@ pub struct Hold {
     pub request_id: String,
     /// The message it answers with.
     pub message_id: String,
+    /// The object that runs the generation: it is told when a threshold is crossed.
+    #[serde(default)]
+    pub watcher: Option<Watcher>,
     /// Which feature.
     pub service: Service,
     /// Which model.
@@ -90,6 +107,12 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Whether tokens are set aside.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.state == HoldState::Open
+    }
+
     /// The period of `quota_type` this hold belongs to.
     #[must_use]
     pub fn period(&self, quota_type: QuotaType) -> &str {
@@ -104,13 +127,13 @@ impl Hold {
 /// One movement of one quota: an append-only line of the books, and a row of `GET /ai/quota/transactions`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// `{hold}:{type}`: inserting it twice is inserting it once.
+    /// Unique by what caused it: inserting it twice is inserting it once.
     pub id: String,
     /// Which quota.
     pub quota_type: QuotaType,
     /// Which period.
     pub period: String,
-    /// `consume`.
+    /// What it does.
     pub kind: EntryKind,
     /// Tokens moved.
     pub amount: u64,
@@ -120,26 +143,42 @@ pub struct Entry {
     pub after: u64,
     /// Which feature.
     pub service: Service,
-    /// Which model.
+    /// Which model; empty where none took part.
     pub model: String,
-    /// The generation's request id.
+    /// The generation's request id, or the order's.
     pub request_id: String,
-    /// The message it made.
+    /// The message it made; empty where none was.
     pub message_id: String,
-    /// The hold it resolved.
+    /// The hold it resolved; empty where none was.
     pub hold_id: String,
     /// What was used.
     pub usage: Usage,
     /// What it cost, micro-credits.
     pub cost_micro: u64,
-    /// By which price.
+    /// By which price; empty where none applies.
     pub price_version: String,
     /// Used but not charged, tokens.
     pub written_off: u64,
-    /// Why the generation ended.
-    pub reason: EndReason,
+    /// Why the generation ended, or why the quota was moved.
+    pub reason: String,
+    /// How long the generation ran, ms.
+    #[serde(default)]
+    pub duration_ms: u64,
     /// When, unix ms.
     pub at: i64,
+}
+
+impl Entry {
+    /// What it adds to the settled tokens of its period; what was given back counts against.
+    #[must_use]
+    pub fn moved(&self) -> i64 {
+        let amount = i64::try_from(self.amount).unwrap_or(i64::MAX);
+        match self.kind {
+            EntryKind::Consume => amount,
+            EntryKind::Reset => -amount,
+            EntryKind::Recharge => 0,
+        }
+    }
 }
 
 /// What an entry does.
@@ -148,6 +187,63 @@ pub struct Entry {
 pub enum EntryKind {
     /// Tokens were spent.
     Consume,
+    /// The limit was raised.
+    Recharge,
+    /// What was spent in a period was given back.
+    Reset,
+}
+
+impl EntryKind {
+    /// The word on the wire.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Consume => "consume",
+            Self::Recharge => "recharge",
+            Self::Reset => "reset",
+        }
+    }
+}
+
+/// A recharge that was made: the same order again is the same recharge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// The platform's id for it.
+    pub id: String,
+    /// What it did.
+    pub entry: Entry,
+}
+
+/// A threshold crossed, for its user to read later. At most one per type, period and level.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notice {
+    /// Unique by type, period, level (and reset).
+    pub id: String,
+    /// Which period.
+    pub period: String,
+    /// What was crossed.
+    pub crossing: Crossing,
+    /// When, unix ms.
+    pub at: i64,
+}
+
+/// An object to be told of a threshold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watcher {
+    /// The binding of its namespace.
+    pub binding: String,
+    /// Its name.
+    pub object: String,
+}
+
+/// What travels to D1 through the outbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Parcel {
+    /// A line of the books.
+    Entry(Box<Entry>),
+    /// A notification.
+    Notice(Notice),
 }
 
 /// The rows a decision looks at: the account, the windows of every period in play, every open hold, and the hold the
@@ -160,6 +256,8 @@ pub struct Ledger {
     pub windows: Vec<Window>,
     /// Holds.
     pub holds: Vec<Hold>,
+    /// The order the command names, if it was made.
+    pub orders: Vec<Order>,
 }
 
 /// A row as it must be after the decision.
@@ -173,6 +271,10 @@ pub enum Change {
     Hold(Hold),
     /// A new entry, for the books and the outbox.
     Entry(Entry),
+    /// A new notification, for the outbox.
+    Notice(Notice),
+    /// A recharge that was made.
+    Order(Order),
 }
 
 impl Ledger {
@@ -190,7 +292,8 @@ impl Ledger {
                 put(&mut self.windows, window, |other| other.quota_type == window.quota_type && other.period == window.period);
             }
             Change::Hold(hold) => put(&mut self.holds, hold, |other| other.id == hold.id),
-            Change::Entry(_) => {}
+            Change::Order(order) => put(&mut self.orders, order, |other| other.id == order.id),
+            Change::Entry(_) | Change::Notice(_) => {}
         }
     }
 
@@ -207,10 +310,19 @@ impl Ledger {
         open.fold(0, |sum, hold| sum.saturating_add(hold.amount))
     }
 
-    /// The limit of a type.
+    /// The limit of a type: what an administrator set, else the role's, and what was recharged on top.
     #[must_use]
     pub fn limit(&self, quota_type: QuotaType) -> Limit {
-        Limit::of_role(self.account.as_ref().map_or(Role::Reader, |account| account.role), quota_type)
+        let Some(account) = &self.account else { return Limit::of_role(Role::Reader, quota_type) };
+        let base =
+            account.limits.get(&quota_type).map_or_else(|| Limit::of_role(account.role, quota_type), |set| Limit::Tokens(*set));
+        match base {
+            Limit::Tokens(tokens) => {
+                let credit = account.credit.get(&quota_type).copied().unwrap_or(0);
+                Limit::Tokens(tokens.saturating_add(credit).min(SAFE_INTEGER_MAX))
+            }
+            Limit::Unlimited => Limit::Unlimited,
+        }
     }
 
     /// Tokens of a period that are neither settled nor held.
@@ -234,12 +346,14 @@ impl Ledger {
         let state = |quota_type| {
             let period = zone.period(quota_type, now_ms);
             let window = self.window(quota_type, &period);
+            let reserved = self.held(quota_type, &period);
             QuotaState {
                 quota_type,
+                period,
                 role: account.role,
                 limit: self.limit(quota_type),
                 used: window.map_or(0, |window| window.used),
-                reserved: self.held(quota_type, &period),
+                reserved,
                 suspended: account.suspended,
                 consumptions: window.map_or(0, |window| window.consumptions),
                 last_consumed_at: window.and_then(|window| window.last_at),

@@ -8,11 +8,13 @@
 //!
 //! A decision is a list of after-images ([`Change`]); the object writes them in the same synchronous stretch. PURE.
 
-use super::books::{Account, Change, Entry, EntryKind, Hold, HoldState, Ledger, Window};
+use std::collections::BTreeMap;
+
+use super::books::{Account, Change, Entry, EntryKind, Hold, HoldState, Ledger, Notice, Window};
 use super::period::Zone;
 use super::price::Price;
 use super::{Crossing, EndReason, Level, Limit, QuotaType, Reserve, SAFE_INTEGER_MAX, Service, Settlement, Usage};
-use crate::identity::Caller;
+use crate::identity::{Caller, Role};
 
 /// A generation must get at least this many output tokens (or all it asked for), else it is refused.
 pub const OUTPUT_TOKENS_MIN: u64 = 64;
@@ -37,31 +39,32 @@ pub enum Refusal {
     /// No such hold.
     #[error("hold is unknown")]
     Unknown,
+    /// The order was made before, for something else.
+    #[error("order {0} was made for another amount or quota")]
+    OrderDiffers(String),
+    /// The sum is more than can be counted exactly.
+    #[error("more than 2^53 − 1 tokens")]
+    TooMuch,
+    /// Too many codes were tried; the next one may be in so many seconds.
+    #[error("too many wrong codes")]
+    CodesTried(u64),
 }
 
 /// One decision in the making: the rows as they would be, and what changed.
 pub struct Decision {
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
     changes: Vec<Change>,
-    zone: Zone,
-    now_ms: i64,
+    pub(super) zone: Zone,
+    pub(super) now_ms: i64,
 }
 
 impl Decision {
-    /// Starts from the rows at `now_ms`: opens the account at first touch, follows the newest token's role, and
-    /// expires every hold whose time is up.
+    /// Starts from the rows at `now_ms`: expires every hold whose time is up, and meets the `caller` if there is one
+    /// (opens the account at first touch, follows the newest token's role). Without one the account opens as a reader's.
     #[must_use]
-    pub fn begin(ledger: Ledger, caller: &Caller, zone: Zone, now_ms: i64) -> Self {
+    pub fn begin(ledger: Ledger, caller: Option<&Caller>, zone: Zone, now_ms: i64) -> Self {
         let mut decision = Self { ledger, changes: Vec::new(), zone, now_ms };
         decision.meet(caller);
-        decision.expire_due();
-        decision
-    }
-
-    /// As [`Self::begin`] where nobody calls: the alarm.
-    #[must_use]
-    pub fn begin_unattended(ledger: Ledger, zone: Zone, now_ms: i64) -> Self {
-        let mut decision = Self { ledger, changes: Vec::new(), zone, now_ms };
         decision.expire_due();
         decision
     }
@@ -78,27 +81,33 @@ impl Decision {
         &self.ledger
     }
 
-    fn change(&mut self, change: Change) {
+    pub(super) fn change(&mut self, change: Change) {
         self.ledger.apply(&change);
         self.changes.push(change);
     }
 
-    fn meet(&mut self, caller: &Caller) {
-        let account = match &self.ledger.account {
-            None => Account {
-                role: caller.role,
-                role_issued_at: caller.issued_at,
+    fn meet(&mut self, caller: Option<&Caller>) {
+        let account = match (&self.ledger.account, caller) {
+            (None, caller) => Account {
+                role: caller.map_or(Role::Reader, |caller| caller.role),
+                role_issued_at: caller.map_or(i64::MIN, |caller| caller.issued_at),
+                role_set: false,
+                limits: BTreeMap::new(),
+                credit: BTreeMap::new(),
+                code_tries: Vec::new(),
                 suspended: false,
                 created_at: self.now_ms,
                 updated_at: self.now_ms,
             },
-            Some(account)
-                if (caller.issued_at, caller.role) > (account.role_issued_at, account.role)
-                    || (caller.issued_at == account.role_issued_at && caller.role != account.role) =>
-            {
-                Account { role: caller.role, role_issued_at: caller.issued_at, updated_at: self.now_ms, ..account.clone() }
+            (Some(account), Some(caller)) => {
+                let newer = caller.issued_at > account.role_issued_at;
+                let other = caller.issued_at == account.role_issued_at && caller.role != account.role;
+                if account.role_set || !(newer || other) {
+                    return;
+                }
+                Account { role: caller.role, role_issued_at: caller.issued_at, ..account.clone() }
             }
-            Some(_) => return,
+            (Some(_), None) => return,
         };
         self.change(Change::Account(account));
     }
@@ -140,6 +149,7 @@ impl Decision {
             id: ask.hold_id.clone(),
             request_id: ask.request_id.clone(),
             message_id: ask.message_id.clone(),
+            watcher: ask.watcher.clone(),
             service: ask.service,
             model: ask.model.clone(),
             price: ask.price,
@@ -156,13 +166,13 @@ impl Decision {
         Ok(output_tokens)
     }
 
-    /// Charges what was used and frees the rest of the hold. What exceeds the hold (a prompt that the provider counts
-    /// higher than we estimated) is charged as far as the balance goes; after an expiry nothing is. Whatever is not
-    /// charged is written off on the entries.
+    /// Charges what was used and frees the rest of the hold. Output is charged up to what the hold granted; a prompt that
+    /// the provider counts higher than we estimated, as far as the balance goes; after an expiry nothing is. Whatever is
+    /// not charged is written off on the entries.
     ///
     /// # Errors
     /// [`Refusal::Unknown`] for an id no hold has, [`Refusal::Closed`] for a released one.
-    pub fn settle(&mut self, hold_id: &str, usage: Usage, reason: EndReason) -> Result<Settlement, Refusal> {
+    pub fn settle(&mut self, hold_id: &str, usage: Usage, reason: EndReason, duration_ms: u64) -> Result<Settlement, Refusal> {
         let hold = self.ledger.hold(hold_id).cloned().ok_or(Refusal::Unknown)?;
         if let Some(outcome) = hold.outcome {
             return Ok(Settlement { crossings: Vec::new(), ..outcome });
@@ -173,8 +183,10 @@ impl Decision {
             HoldState::Settled | HoldState::Released => return Err(Refusal::Closed),
         };
         let used = usage.total().min(SAFE_INTEGER_MAX);
+        // No provider may sell more output than it was asked for.
+        let owed = usage.input.saturating_add(usage.output.min(hold.output_tokens)).min(SAFE_INTEGER_MAX);
         let chargeable = if state == HoldState::Settled { hold.amount.saturating_add(self.free_beside(&hold)) } else { 0 };
-        let charged = used.min(chargeable);
+        let charged = owed.min(chargeable);
         let mut outcome = Settlement {
             charged,
             written_off: used - charged,
@@ -183,7 +195,7 @@ impl Decision {
         };
         self.change(Change::Hold(Hold { state, outcome: Some(outcome.clone()), ..hold.clone() }));
         for quota_type in QuotaType::ALL {
-            outcome.crossings.extend(self.post(&hold, quota_type, usage, &outcome, reason));
+            outcome.crossings.extend(self.post(&hold, quota_type, usage, &outcome, (reason, duration_ms)));
         }
         Ok(outcome)
     }
@@ -200,19 +212,11 @@ impl Decision {
         quota_type: QuotaType,
         usage: Usage,
         outcome: &Settlement,
-        reason: EndReason,
+        (reason, duration_ms): (EndReason, u64),
     ) -> Option<Crossing> {
         let period = hold.period(quota_type);
         let limit = self.ledger.limit(quota_type);
-        let window = self.ledger.window(quota_type, period).cloned();
-        let window = window.unwrap_or_else(|| Window {
-            quota_type,
-            period: period.to_owned(),
-            used: 0,
-            consumptions: 0,
-            last_at: None,
-            level: Level::Normal,
-        });
+        let window = self.window_of(quota_type, period);
         let used = window.used.saturating_add(outcome.charged).min(SAFE_INTEGER_MAX);
         let left = |used| if limit == Limit::Unlimited { 0 } else { limit.left(used) };
         let level = Level::of(limit, used);
@@ -239,7 +243,8 @@ impl Decision {
             cost_micro: outcome.cost_micro,
             price_version: hold.price.version(),
             written_off: outcome.written_off,
-            reason,
+            reason: reason.as_str().to_owned(),
+            duration_ms,
             at: self.now_ms,
         }));
         self.change(Change::Window(Window {
@@ -249,7 +254,23 @@ impl Decision {
             level: level.max(window.level),
             ..window
         }));
+        if let Some(crossing) = &crossing {
+            let id = format!("{}:{period}:{level:?}:{}", quota_type.as_str(), hold.id);
+            self.change(Change::Notice(Notice { id, period: period.to_owned(), crossing: crossing.clone(), at: self.now_ms }));
+        }
         crossing
+    }
+
+    /// The window of a period; an empty one where nothing was settled yet.
+    pub(super) fn window_of(&self, quota_type: QuotaType, period: &str) -> Window {
+        self.ledger.window(quota_type, period).cloned().unwrap_or_else(|| Window {
+            quota_type,
+            period: period.to_owned(),
+            used: 0,
+            consumptions: 0,
+            last_at: None,
+            level: Level::Normal,
+        })
     }
 
     /// Frees a hold: nothing was delivered. Releasing an unknown id closes it for good, so that a reserve that was
@@ -262,7 +283,8 @@ impl Decision {
                 id: hold_id.to_owned(),
                 request_id: String::new(),
                 message_id: String::new(),
-                service: Service::Chat,
+                watcher: None,
+                service: Service::System,
                 model: String::new(),
                 price: Price::default(),
                 amount: 0,

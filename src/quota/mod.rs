@@ -4,21 +4,29 @@
 //! are [`books`], the decisions in [`ledger`], the object that makes them durable in [`object`], what other objects call in [`client`].
 //! Unit: tokens. Money is micro-credits beside it, never instead of it.
 
+pub mod admin;
+pub mod admin_routes;
 pub mod books;
 pub mod client;
+pub mod codes;
+pub mod command;
 pub mod ledger;
 pub mod object;
+pub mod outbox;
 pub mod period;
+pub mod periods;
 pub mod price;
 pub mod projection;
+pub mod reports;
 pub mod routes;
 pub mod store;
+pub mod webhook;
 pub mod wire;
 
 use serde::{Deserialize, Serialize};
 
-use crate::identity::{Caller, Role};
-use price::Price;
+use crate::identity::Role;
+pub use command::{Audit, Call, Command, Estimate, Governance, Reply, Reserve};
 
 /// The largest integer JSON readers in JavaScript keep exactly: 2^53 − 1.
 pub const SAFE_INTEGER_MAX: u64 = (1 << 53) - 1;
@@ -99,6 +107,19 @@ impl Limit {
 pub enum Service {
     /// Chat turns.
     Chat,
+    /// Nobody's generation: recharges and resets.
+    System,
+}
+
+impl Service {
+    /// The word on the wire.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::System => "system",
+        }
+    }
 }
 
 /// Why a generation ended; kept on its entry.
@@ -119,6 +140,22 @@ pub enum EndReason {
     Cut,
     /// The object was killed; a later instance settled.
     Interrupted,
+}
+
+impl EndReason {
+    /// The word on entries.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Finish => "finish",
+            Self::Stop => "stop",
+            Self::Time => "time",
+            Self::ProviderError => "provider_error",
+            Self::Stall => "stall",
+            Self::Cut => "cut",
+            Self::Interrupted => "interrupted",
+        }
+    }
 }
 
 /// Tokens a generation used, as reported by the provider or estimated here.
@@ -148,110 +185,6 @@ impl Usage {
     pub const fn total(&self) -> u64 {
         self.input.saturating_add(self.output)
     }
-}
-
-/// Asks for a hold: the worst case of one generation, taken before the provider is called.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reserve {
-    /// Unique; a repeated reserve with it is the same hold.
-    pub hold_id: String,
-    /// The generation's request id, on every entry it causes.
-    pub request_id: String,
-    /// The message the generation answers with.
-    pub message_id: String,
-    /// Which feature asks.
-    pub service: Service,
-    /// Catalogue id of the model.
-    pub model: String,
-    /// Price at the time of the hold; the settlement uses it.
-    pub price: Price,
-    /// Estimated prompt tokens.
-    pub prompt_tokens: u64,
-    /// Output tokens asked for; the grant may be less.
-    pub output_tokens: u64,
-    /// How long the hold lasts unrenewed, ms.
-    pub ttl_ms: i64,
-}
-
-/// What a ledger object is asked, one JSON command per call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "snake_case")]
-pub enum Command {
-    /// Takes a hold, clamped to what is left.
-    Reserve(Reserve),
-    /// Charges what was used against the hold and frees the rest.
-    Settle {
-        /// The hold.
-        hold_id: String,
-        /// What was used.
-        usage: Usage,
-        /// Why the generation ended.
-        reason: EndReason,
-    },
-    /// Frees the hold: nothing was delivered.
-    Release {
-        /// The hold.
-        hold_id: String,
-    },
-    /// Keeps a running generation's hold for another term.
-    Renew {
-        /// The hold.
-        hold_id: String,
-        /// The term, ms.
-        ttl_ms: i64,
-    },
-    /// Reads the three quotas, opening the account at first touch.
-    Read,
-    /// Binds an idempotency key to a target, or finds the one it is bound to.
-    Claim {
-        /// The caller's key.
-        key: String,
-        /// Hash of method, path and body: the same key with another is a conflict.
-        fingerprint: String,
-        /// Where the generation lives if the key is new.
-        target: String,
-    },
-}
-
-/// A command with who it is for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Call {
-    /// Whose ledger; its role opens the account and follows the newest token.
-    pub caller: Caller,
-    /// What to do.
-    pub command: Command,
-}
-
-/// What the ledger answers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "reply", rename_all = "snake_case")]
-pub enum Reply {
-    /// A hold stands.
-    Granted {
-        /// Output tokens the hold covers: what `max_tokens` must be.
-        output_tokens: u64,
-    },
-    /// A settlement was made (now or by an earlier, equal call).
-    Settled(Settlement),
-    /// The hold is free, or was already closed.
-    Released,
-    /// Whether the hold still stands.
-    Renewed {
-        /// False: it had expired; the settlement will be written off.
-        open: bool,
-    },
-    /// The three quotas.
-    Quotas {
-        /// Daily, monthly, total.
-        quotas: Vec<QuotaState>,
-    },
-    /// Where the key's generation lives.
-    Claimed {
-        /// The target bound to the key.
-        target: String,
-        /// The key was bound by an earlier call.
-        existed: bool,
-    },
 }
 
 /// What a settlement moved.
@@ -318,6 +251,8 @@ pub struct Crossing {
 pub struct QuotaState {
     /// Which one.
     pub quota_type: QuotaType,
+    /// The current period: `2026-11-23`, `2026-11`, `total`.
+    pub period: String,
     /// The user's role.
     pub role: Role,
     /// The limit.
@@ -343,22 +278,6 @@ pub struct QuotaState {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_reply_survives_the_trip_from_the_object() {
-        let replies = [
-            Reply::Granted { output_tokens: 7 },
-            Reply::Settled(Settlement { charged: 1, ..Settlement::default() }),
-            Reply::Released,
-            Reply::Renewed { open: false },
-            Reply::Quotas { quotas: Vec::new() },
-            Reply::Claimed { target: "s".to_owned(), existed: true },
-        ];
-        for reply in replies {
-            let json = serde_json::to_string(&reply).unwrap();
-            assert_eq!(serde_json::from_str::<Reply>(&json).unwrap(), reply);
-        }
-    }
 
     #[test]
     fn levels_are_reached_at_20_10_and_0_percent_left() {

@@ -66,6 +66,26 @@ impl Zone {
         Some(next.and_time(NaiveTime::MIN).and_local_timezone(self.0).single()?.timestamp_millis())
     }
 
+    /// The instant a query means: RFC 3339, unix ms, or a local date (its first instant; the next day's with `whole_day`).
+    #[must_use]
+    pub fn instant(self, text: &str, whole_day: bool) -> Option<i64> {
+        if let Ok(at) = DateTime::parse_from_rfc3339(text) {
+            return Some(at.timestamp_millis());
+        }
+        if let Ok(ms) = text.parse::<i64>() {
+            return (0..=8_640_000_000_000_000).contains(&ms).then_some(ms);
+        }
+        let date = NaiveDate::parse_from_str(text, "%Y-%m-%d").ok()?;
+        let date = date.checked_add_days(Days::new(u64::from(whole_day)))?;
+        Some(date.and_time(NaiveTime::MIN).and_local_timezone(self.0).single()?.timestamp_millis())
+    }
+
+    /// The offset from UTC, ms.
+    #[must_use]
+    pub fn offset_ms(self) -> i64 {
+        i64::from(self.0.local_minus_utc()) * 1_000
+    }
+
     /// RFC 3339 with this offset and milliseconds: how every `ts` leaves the server.
     #[must_use]
     pub fn rfc3339(self, at_ms: i64) -> String {
@@ -97,6 +117,18 @@ mod tests {
             assert_eq!(zone.resets_at(QuotaType::Daily, now), Some(ms(day_ends)));
             assert_eq!(zone.resets_at(QuotaType::Monthly, now), Some(ms(month_ends)));
             assert_eq!(zone.resets_at(QuotaType::Total, now), None);
+        }
+    }
+
+    #[test]
+    fn a_query_s_instant_is_read_in_local_days() {
+        let zone = Zone::parse("+08:00").unwrap();
+        assert_eq!(zone.instant("2026-11-23", false), Some(ms("2026-11-22T16:00:00Z")));
+        assert_eq!(zone.instant("2026-11-23", true), Some(ms("2026-11-23T16:00:00Z")));
+        assert_eq!(zone.instant("2026-11-23T00:00:00+08:00", true), Some(ms("2026-11-22T16:00:00Z")));
+        assert_eq!(zone.instant("1795407138251", false), Some(1_795_407_138_251));
+        for text in ["", "yesterday", "-5", "2026-13-01"] {
+            assert_eq!(zone.instant(text, false), None, "{text}");
         }
     }
 

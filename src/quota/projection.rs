@@ -1,34 +1,117 @@
 //! The ledger's copy in D1: what lists and statistics read. Fed by the outbox, never asked for admission.
 //!
-//! Invariant: rows are inserted by entry id and never changed, so that a batch may be sent any number of times.
+//! Invariant: entries and notices are inserted by their ids and never changed, so that a batch may be sent any number of
+//! times; a user's line is only replaced by a newer one.
 
-use serde::Serialize;
-use worker::{Env, query};
+use worker::{D1Database, D1PreparedStatement, Env, query};
 
-use super::books::Entry;
+use super::books::{Entry, Notice};
+use super::{QuotaState, QuotaType};
 
-/// Entries per statement; they travel as one JSON parameter.
+/// Parcels per statement; they travel as one JSON parameter.
 pub const BATCH: i64 = 200;
 
-const INSERT: &str = "INSERT OR IGNORE INTO quota_transactions
+const INSERT_ENTRIES: &str = "INSERT OR IGNORE INTO quota_transactions
  (id, user_id, quota_type, period, type, amount, before_balance, after_balance, service, model, request_id, message_id, hold_id,
-  input_tokens, output_tokens, reasoning_tokens, cached_tokens, estimated, hostile, cost_micro, price_version, written_off, reason, at)
- SELECT value ->> 'id', ?1, value ->> 'quota_type', value ->> 'period', value ->> 'kind', value ->> 'amount', value ->> 'before',
-  value ->> 'after', value ->> 'service', value ->> 'model', value ->> 'request_id', value ->> 'message_id', value ->> 'hold_id',
-  value ->> '$.usage.input', value ->> '$.usage.output', value ->> '$.usage.reasoning', value ->> '$.usage.cached',
-  value ->> '$.usage.estimated', value ->> '$.usage.hostile', value ->> 'cost_micro', value ->> 'price_version',
-  value ->> 'written_off', value ->> 'reason', value ->> 'at'
+  input_tokens, output_tokens, reasoning_tokens, cached_tokens, estimated, hostile, cost_micro, price_version, written_off, reason,
+  duration_ms, at)
+ SELECT ?1 || '/' || (value ->> 'id'), ?1, value ->> 'quota_type', value ->> 'period', value ->> 'kind', value ->> 'amount',
+  value ->> 'before', value ->> 'after', value ->> 'service', value ->> 'model', value ->> 'request_id', value ->> 'message_id',
+  value ->> 'hold_id', value ->> '$.usage.input', value ->> '$.usage.output', value ->> '$.usage.reasoning',
+  value ->> '$.usage.cached', value ->> '$.usage.estimated', value ->> '$.usage.hostile', value ->> 'cost_micro',
+  value ->> 'price_version', value ->> 'written_off', value ->> 'reason', value ->> 'duration_ms', value ->> 'at'
  FROM json_each(?2)";
 
-/// Copies `entries` of one user into D1.
+const INSERT_NOTICES: &str = "INSERT OR IGNORE INTO notifications (user_id, id, kind, payload, created_at)
+ SELECT ?1, value ->> 'id', 'quota', json_set(value ->> 'crossing', '$.period', value ->> 'period'), value ->> 'at' FROM json_each(?2)";
+
+const UPSERT_USER: &str = "INSERT INTO quota_users
+ (user_id, role, suspended, quotas, used_today, used_month, used_total, last_active_at, updated_at)
+ VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+ ON CONFLICT (user_id) DO UPDATE SET role = ?2, suspended = ?3, quotas = ?4, used_today = ?5, used_month = ?6, used_total = ?7,
+  last_active_at = max(last_active_at, ?8), updated_at = ?9 WHERE updated_at <= ?9";
+
+/// Copies entries and notices of one user into D1, all or none.
 ///
 /// # Errors
 /// When D1 refuses or is away; the cause is for the log.
-pub async fn insert(env: &Env, user_id: &str, entries: &[Entry]) -> worker::Result<()> {
-    #[derive(Serialize)]
-    #[serde(transparent)]
-    struct Rows<'a>(&'a [Entry]);
+pub async fn insert(env: &Env, user_id: &str, entries: &[Entry], notices: &[Notice]) -> worker::Result<()> {
     let db = env.d1("DB")?;
-    let rows = serde_json::to_string(&Rows(entries))?;
-    query!(&db, INSERT, user_id, rows)?.run().await.map(|_| ())
+    let mut statements: Vec<D1PreparedStatement> = Vec::with_capacity(2);
+    if !entries.is_empty() {
+        statements.push(insert_rows(&db, INSERT_ENTRIES, user_id, &serde_json::to_string(entries)?)?);
+    }
+    if !notices.is_empty() {
+        statements.push(insert_rows(&db, INSERT_NOTICES, user_id, &serde_json::to_string(notices)?)?);
+    }
+    db.batch(statements).await.map(|_| ())
+}
+
+fn insert_rows(db: &D1Database, statement: &str, user_id: &str, rows: &str) -> worker::Result<D1PreparedStatement> {
+    query!(db, statement, user_id, rows)
+}
+
+/// Writes a user's line of the operator's list.
+///
+/// # Errors
+/// As [`insert`].
+pub async fn upsert_user(env: &Env, user_id: &str, quotas: &[QuotaState], now_ms: i64) -> worker::Result<()> {
+    let db = env.d1("DB")?;
+    let Some(first) = quotas.first() else { return Ok(()) };
+    let used = |quota_type: QuotaType| {
+        let quota = quotas.iter().find(|quota| quota.quota_type == quota_type);
+        i64::try_from(quota.map_or(0, |quota| quota.used)).unwrap_or(i64::MAX)
+    };
+    let active = quotas.iter().filter_map(|quota| quota.last_consumed_at).max().unwrap_or(first.updated_at);
+    query!(
+        &db,
+        UPSERT_USER,
+        user_id,
+        first.role.as_str(),
+        i64::from(first.suspended),
+        serde_json::to_string(quotas)?,
+        used(QuotaType::Daily),
+        used(QuotaType::Monthly),
+        used(QuotaType::Total),
+        active,
+        now_ms
+    )?
+    .run()
+    .await
+    .map(|_| ())
+}
+
+/// Notes on a notification how its webhook went: `delivered` or `failed`.
+///
+/// # Errors
+/// As [`insert`].
+pub async fn webhook_state(env: &Env, user_id: &str, id: &str, state: &str) -> worker::Result<()> {
+    let db = env.d1("DB")?;
+    query!(&db, "UPDATE notifications SET webhook = ?3 WHERE user_id = ?1 AND id = ?2", user_id, id, state)?
+        .run()
+        .await
+        .map(|_| ())
+}
+
+const CLOSE_PERIODS: &str = "INSERT OR IGNORE INTO quota_transactions
+ (id, user_id, quota_type, period, type, amount, before_balance, after_balance, service, model, request_id, message_id, hold_id,
+  input_tokens, output_tokens, reasoning_tokens, cached_tokens, estimated, hostile, cost_micro, price_version, written_off, reason,
+  duration_ms, at)
+ SELECT user_id || '/period:' || quota_type || ':' || period, user_id, quota_type, period, 'reset',
+  sum(CASE type WHEN 'consume' THEN amount WHEN 'reset' THEN -amount ELSE 0 END), 0, 0, 'system', '', '', '', '',
+  0, 0, 0, 0, 0, 0, 0, '', 0, 'period_closed', 0, ?3
+ FROM quota_transactions AS t
+ WHERE quota_type = ?1 AND period < ?2 AND reason <> 'period_closed'
+  AND NOT EXISTS (SELECT 1 FROM quota_transactions c WHERE c.id = t.user_id || '/period:' || t.quota_type || ':' || t.period)
+ GROUP BY user_id, period
+ LIMIT 500";
+
+/// Writes the reset entries of every period of `quota_type` that ended before `period` began, each once; answers how many.
+///
+/// # Errors
+/// As [`insert`].
+pub async fn close_periods(env: &Env, quota_type: QuotaType, period: &str, now_ms: i64) -> worker::Result<usize> {
+    let db = env.d1("DB")?;
+    let result = query!(&db, CLOSE_PERIODS, quota_type.as_str(), period, now_ms)?.run().await?;
+    Ok(result.meta()?.and_then(|meta| meta.changes).unwrap_or(0))
 }

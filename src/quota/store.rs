@@ -8,17 +8,19 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use serde_json::{from_str, to_string};
 
-use super::books::{Change, Entry, Hold, HoldState, Ledger};
+use super::books::{Change, Hold, Ledger, Notice, Parcel};
 use super::period::Zone;
 use super::{Command, QuotaType};
 use crate::platform::sql::{Sql, SqlError};
 
-const SCHEMA: [&str; 6] = [
+const SCHEMA: [&str; 8] = [
     "CREATE TABLE IF NOT EXISTS account (k INTEGER PRIMARY KEY CHECK (k = 0), doc TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS period (quota_type TEXT NOT NULL, period TEXT NOT NULL, doc TEXT NOT NULL, PRIMARY KEY (quota_type, period)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS hold (id TEXT PRIMARY KEY, open INTEGER NOT NULL, expires_at INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS hold_open ON hold (expires_at) WHERE open = 1",
     "CREATE TABLE IF NOT EXISTS outbox (seq INTEGER PRIMARY KEY AUTOINCREMENT, doc TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS credit_order (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS webhook (id TEXT PRIMARY KEY, doc TEXT NOT NULL, attempts INTEGER NOT NULL, next_at INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS claim (key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, target TEXT NOT NULL, expires_at INTEGER NOT NULL) WITHOUT ROWID",
 ];
 
@@ -30,6 +32,11 @@ struct Doc {
     doc: String,
 }
 
+#[derive(Deserialize)]
+struct Next {
+    at: Option<i64>,
+}
+
 /// An idempotency key and what it is bound to.
 #[derive(Deserialize)]
 pub struct Claim {
@@ -39,12 +46,12 @@ pub struct Claim {
     pub target: String,
 }
 
-/// An entry waiting to be copied to D1.
+/// A parcel waiting to be copied to D1.
 #[derive(Deserialize)]
 pub struct Waiting {
     /// Its place in the queue.
     pub seq: i64,
-    /// The entry as JSON.
+    /// The parcel as JSON.
     pub doc: String,
 }
 
@@ -62,13 +69,20 @@ pub fn migrate(sql: &Sql) -> Result<(), SqlError> {
 /// When SQLite refuses or a row is unreadable.
 pub fn load(sql: &Sql, command: Option<&Command>, zone: Zone, now_ms: i64) -> Result<Ledger, SqlError> {
     let account = sql.first::<Doc>("SELECT doc FROM account", vec![])?.map(|row| from_str(&row.doc)).transpose()?;
-    let named = match command {
+    let hold_id = match command {
         Some(Command::Reserve(ask)) => ask.hold_id.as_str(),
         Some(Command::Settle { hold_id, .. } | Command::Release { hold_id } | Command::Renew { hold_id, .. }) => hold_id,
-        Some(Command::Read | Command::Claim { .. }) | None => "",
+        _ => "",
     };
+    let orders = match command {
+        Some(Command::Recharge { order_id, .. }) => {
+            sql.rows::<Doc>("SELECT doc FROM credit_order WHERE id = ?", vec![order_id.as_str().into()])?
+        }
+        _ => Vec::new(),
+    };
+    let orders = orders.iter().map(|row| from_str(&row.doc)).collect::<Result<_, _>>()?;
     let holds =
-        sql.rows::<Doc>("SELECT doc FROM hold WHERE open = 1 UNION SELECT doc FROM hold WHERE id = ?", vec![named.into()])?;
+        sql.rows::<Doc>("SELECT doc FROM hold WHERE open = 1 UNION SELECT doc FROM hold WHERE id = ?", vec![hold_id.into()])?;
     let holds = holds.iter().map(|row| from_str(&row.doc)).collect::<Result<Vec<Hold>, _>>()?;
     let mut periods: BTreeSet<String> = QuotaType::ALL.into_iter().map(|quota_type| zone.period(quota_type, now_ms)).collect();
     for hold in &holds {
@@ -79,7 +93,7 @@ pub fn load(sql: &Sql, command: Option<&Command>, zone: Zone, now_ms: i64) -> Re
         vec![to_string(&periods)?.into()],
     )?;
     let windows = windows.iter().map(|row| from_str(&row.doc)).collect::<Result<_, _>>()?;
-    Ok(Ledger { account, windows, holds })
+    Ok(Ledger { account, windows, holds, orders })
 }
 
 /// Writes what was decided, all of it or nothing.
@@ -105,19 +119,28 @@ fn write(sql: &Sql, change: &Change) -> Result<(), SqlError> {
         ),
         Change::Hold(hold) => sql.run(
             "INSERT INTO hold VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE SET open = ?2, expires_at = ?3, doc = ?4",
-            vec![
-                hold.id.as_str().into(),
-                i64::from(hold.state == HoldState::Open).into(),
-                hold.expires_at.into(),
-                to_string(hold)?.into(),
-            ],
+            vec![hold.id.as_str().into(), i64::from(hold.is_open()).into(), hold.expires_at.into(), to_string(hold)?.into()],
         ),
-        Change::Entry(entry) => sql.run("INSERT INTO outbox (doc) VALUES (?)", vec![to_string(entry)?.into()]),
+        Change::Entry(entry) => post(sql, &Parcel::Entry(Box::new(entry.clone()))),
+        Change::Notice(notice) => {
+            sql.run(
+                "INSERT OR IGNORE INTO webhook VALUES (?, ?, 0, 0)",
+                vec![notice.id.as_str().into(), to_string(notice)?.into()],
+            )?;
+            post(sql, &Parcel::Notice(notice.clone()))
+        }
+        Change::Order(order) => {
+            sql.run("INSERT INTO credit_order VALUES (?, ?)", vec![order.id.as_str().into(), to_string(order)?.into()])
+        }
     }
     .map(|_| ())
 }
 
-/// The oldest entries not yet in D1, at most `count`.
+fn post(sql: &Sql, parcel: &Parcel) -> Result<usize, SqlError> {
+    sql.run("INSERT INTO outbox (doc) VALUES (?)", vec![to_string(parcel)?.into()])
+}
+
+/// The oldest parcels not yet in D1, at most `count`.
 ///
 /// # Errors
 /// When SQLite refuses.
@@ -125,7 +148,7 @@ pub fn outbox(sql: &Sql, count: i64) -> Result<Vec<Waiting>, SqlError> {
     sql.rows("SELECT seq, doc FROM outbox ORDER BY seq LIMIT ?", vec![count.into()])
 }
 
-/// Forgets entries up to `seq`: they are in D1.
+/// Forgets parcels up to `seq`: they are in D1.
 ///
 /// # Errors
 /// When SQLite refuses.
@@ -138,10 +161,6 @@ pub fn outbox_sent(sql: &Sql, seq: i64) -> Result<(), SqlError> {
 /// # Errors
 /// When SQLite refuses.
 pub fn next_expiry(sql: &Sql) -> Result<Option<i64>, SqlError> {
-    #[derive(Deserialize)]
-    struct Next {
-        at: Option<i64>,
-    }
     Ok(sql.first::<Next>("SELECT min(expires_at) AS at FROM hold WHERE open = 1", vec![])?.and_then(|row| row.at))
 }
 
@@ -174,10 +193,61 @@ pub fn bind(sql: &Sql, key: &str, claim: &Claim, expires_at: i64) -> Result<(), 
     .map(|_| ())
 }
 
-/// Reads an outbox row's entry.
+/// Reads an outbox row's parcel.
 ///
 /// # Errors
 /// When the row is unreadable.
-pub fn entry(row: &Waiting) -> Result<Entry, SqlError> {
+pub fn parcel(row: &Waiting) -> Result<Parcel, SqlError> {
     Ok(from_str(&row.doc)?)
+}
+
+/// How many parcels wait for D1.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn waiting(sql: &Sql) -> Result<u64, SqlError> {
+    #[derive(Deserialize)]
+    struct Count {
+        n: f64,
+    }
+    Ok(sql.first::<Count>("SELECT count(*) AS n FROM outbox", vec![])?.map_or(0, |count| count.n as u64))
+}
+
+/// Notifications whose webhook is due, with how often it was tried.
+///
+/// # Errors
+/// When SQLite refuses or a row is unreadable.
+pub fn webhooks_due(sql: &Sql, now_ms: i64) -> Result<Vec<(Notice, u32)>, SqlError> {
+    #[derive(Deserialize)]
+    struct Row {
+        doc: String,
+        attempts: u32,
+    }
+    let rows =
+        sql.rows::<Row>("SELECT doc, attempts FROM webhook WHERE next_at <= ? ORDER BY next_at LIMIT 20", vec![now_ms.into()])?;
+    rows.into_iter().map(|row| Ok((from_str(&row.doc)?, row.attempts))).collect()
+}
+
+/// When the next webhook is due, unix ms.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn next_webhook(sql: &Sql) -> Result<Option<i64>, SqlError> {
+    Ok(sql.first::<Next>("SELECT min(next_at) AS at FROM webhook", vec![])?.and_then(|row| row.at))
+}
+
+/// A webhook failed: it is tried again at `next_at` (unix ms).
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn webhook_failed(sql: &Sql, id: &str, next_at: i64) -> Result<(), SqlError> {
+    sql.run("UPDATE webhook SET attempts = attempts + 1, next_at = ? WHERE id = ?", vec![next_at.into(), id.into()]).map(|_| ())
+}
+
+/// A webhook is through, or given up.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn webhook_over(sql: &Sql, id: &str) -> Result<(), SqlError> {
+    sql.run("DELETE FROM webhook WHERE id = ?", vec![id.into()]).map(|_| ())
 }

@@ -3,13 +3,10 @@
 use serde_json::{Value, json};
 use worker::Response;
 
-use crate::config::Model;
+use crate::config::{Model, PROVIDER};
 use crate::error::ApiError;
 use crate::platform::request::Ctx;
 use crate::platform::{clock, respond};
-
-/// The one provider there is: whatever OpenAI-compatible service `LLM_BASE_URL` names.
-const PROVIDER: &str = "openai-compatible";
 
 /// `GET /ai/health`: the Worker runs and its configuration is usable (a bad one answers 500 before this).
 ///
