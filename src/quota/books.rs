@@ -244,6 +244,8 @@ pub enum Parcel {
     Entry(Box<Entry>),
     /// A notification.
     Notice(Notice),
+    /// The account changed: the user's line in the operator's list must follow. (It does with every parcel.)
+    User,
 }
 
 /// The rows a decision looks at: the account, the windows of every period in play, every open hold, and the hold the

@@ -9,13 +9,13 @@ use serde_json::json;
 use worker::Env;
 
 use super::books::{Entry, Notice, Parcel, Watcher};
-use super::{Crossing, ledger::Decision, projection, store, webhook};
+use super::{Crossing, QuotaState, projection, store, webhook};
 use crate::config::Config;
 use crate::platform::sql::{Sql, SqlError};
 use crate::platform::{call, clock, log};
 
 /// Parcels are gathered this long before they are sent to D1 in one statement, ms.
-const GATHER_MS: u64 = 300;
+const GATHER_MS: u64 = 1_000;
 /// A stream that is told of a threshold must take it within this, ms.
 const TELL_MS: u64 = 2_000;
 
@@ -79,7 +79,6 @@ impl Outbox {
 
     async fn send_all(&self) -> Result<(), worker::Error> {
         let broken = |cause: SqlError| worker::Error::RustError(cause.to_string());
-        self.send_user().await?;
         loop {
             let rows = store::outbox(&self.sql, projection::BATCH).map_err(broken)?;
             let Some(last) = rows.last().map(|row| row.seq) else { return Ok(()) };
@@ -88,23 +87,20 @@ impl Outbox {
                 match store::parcel(row).map_err(broken)? {
                     Parcel::Entry(entry) => entries.push(*entry),
                     Parcel::Notice(notice) => notices.push(notice),
+                    Parcel::User => {}
                 }
             }
-            projection::insert(&self.env, &self.user_id, &entries, &notices).await?;
+            let (quotas, now_ms) = (self.quotas().map_err(broken)?, clock::now_ms());
+            projection::insert(&self.env, &self.user_id, &entries, &notices, &quotas, now_ms).await?;
             store::outbox_sent(&self.sql, last).map_err(broken)?;
         }
     }
 
-    /// The user's line in the operator's list.
-    async fn send_user(&self) -> Result<(), worker::Error> {
-        let Ok(config) = Config::of(&self.env) else { return Ok(()) };
+    /// The quotas as they stand: the user's line in the operator's list.
+    fn quotas(&self) -> Result<Vec<QuotaState>, SqlError> {
+        let Ok(config) = Config::of(&self.env) else { return Ok(Vec::new()) };
         let now_ms = clock::now_ms();
-        let ledger = store::load(&self.sql, None, config.zone, now_ms).map_err(|e| worker::Error::RustError(e.to_string()))?;
-        if ledger.account.is_none() {
-            return Ok(());
-        }
-        let quotas = Decision::begin(ledger, None, config.zone, now_ms).finish().0.quotas(config.zone, now_ms);
-        projection::upsert_user(&self.env, &self.user_id, &quotas, now_ms).await
+        Ok(store::load(&self.sql, None, config.zone, now_ms)?.quotas(config.zone, now_ms))
     }
 
     /// Tells every object that runs a generation of this user that thresholds were crossed.

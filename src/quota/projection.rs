@@ -31,40 +31,45 @@ const UPSERT_USER: &str = "INSERT INTO quota_users
  ON CONFLICT (user_id) DO UPDATE SET role = ?2, suspended = ?3, quotas = ?4, used_today = ?5, used_month = ?6, used_total = ?7,
   last_active_at = max(last_active_at, ?8), updated_at = ?9 WHERE updated_at <= ?9";
 
-/// Copies entries and notices of one user into D1, all or none.
+/// Copies a user's entries, notices and line of the operator's list into D1, all or none, in one call.
 ///
 /// # Errors
 /// When D1 refuses or is away; the cause is for the log.
-pub async fn insert(env: &Env, user_id: &str, entries: &[Entry], notices: &[Notice]) -> worker::Result<()> {
+pub async fn insert(
+    env: &Env,
+    user_id: &str,
+    entries: &[Entry],
+    notices: &[Notice],
+    quotas: &[QuotaState],
+    now_ms: i64,
+) -> worker::Result<()> {
     let db = env.d1("DB")?;
-    let mut statements: Vec<D1PreparedStatement> = Vec::with_capacity(2);
+    let mut statements: Vec<D1PreparedStatement> = Vec::with_capacity(3);
     if !entries.is_empty() {
-        statements.push(insert_rows(&db, INSERT_ENTRIES, user_id, &serde_json::to_string(entries)?)?);
+        statements.push(query!(&db, INSERT_ENTRIES, user_id, serde_json::to_string(entries)?)?);
     }
     if !notices.is_empty() {
-        statements.push(insert_rows(&db, INSERT_NOTICES, user_id, &serde_json::to_string(notices)?)?);
+        statements.push(query!(&db, INSERT_NOTICES, user_id, serde_json::to_string(notices)?)?);
     }
+    statements.extend(upsert_user(&db, user_id, quotas, now_ms)?);
     db.batch(statements).await.map(|_| ())
 }
 
-fn insert_rows(db: &D1Database, statement: &str, user_id: &str, rows: &str) -> worker::Result<D1PreparedStatement> {
-    query!(db, statement, user_id, rows)
-}
-
-/// Writes a user's line of the operator's list.
-///
-/// # Errors
-/// As [`insert`].
-pub async fn upsert_user(env: &Env, user_id: &str, quotas: &[QuotaState], now_ms: i64) -> worker::Result<()> {
-    let db = env.d1("DB")?;
-    let Some(first) = quotas.first() else { return Ok(()) };
+/// Writes a user's line of the operator's list; nothing before the account is open.
+fn upsert_user(
+    db: &D1Database,
+    user_id: &str,
+    quotas: &[QuotaState],
+    now_ms: i64,
+) -> worker::Result<Option<D1PreparedStatement>> {
+    let Some(first) = quotas.first() else { return Ok(None) };
     let used = |quota_type: QuotaType| {
         let quota = quotas.iter().find(|quota| quota.quota_type == quota_type);
         i64::try_from(quota.map_or(0, |quota| quota.used)).unwrap_or(i64::MAX)
     };
     let active = quotas.iter().filter_map(|quota| quota.last_consumed_at).max().unwrap_or(first.updated_at);
     query!(
-        &db,
+        db,
         UPSERT_USER,
         user_id,
         first.role.as_str(),
@@ -75,10 +80,8 @@ pub async fn upsert_user(env: &Env, user_id: &str, quotas: &[QuotaState], now_ms
         used(QuotaType::Total),
         active,
         now_ms
-    )?
-    .run()
-    .await
-    .map(|_| ())
+    )
+    .map(Some)
 }
 
 /// Notes on a notification how its webhook went: `delivered` or `failed`.

@@ -111,6 +111,7 @@ pub fn save(sql: &Sql, changes: Vec<Change>) -> Result<(), SqlError> {
 fn write(sql: &Sql, change: &Change) -> Result<(), SqlError> {
     match change {
         Change::Account(account) => {
+            post(sql, &Parcel::User)?;
             sql.run("INSERT INTO account VALUES (0, ?1) ON CONFLICT DO UPDATE SET doc = ?1", vec![to_string(account)?.into()])
         }
         Change::Window(window) => sql.run(
