@@ -62,8 +62,10 @@ const MAY_USE: [(&str, &[&str]); 9] = [
 /// Modules that may use all.
 const TOP: [&str; 2] = ["lib", "router"];
 /// Directions that no edit of the table above may turn: (module, what it must never use).
-const NEVER: [(&str, &str); 6] = [
+const NEVER: [(&str, &str); 8] = [
     ("quota", "chat"),
+    ("quota", "system"),
+    ("quota", "generation"),
     ("llm", "chat"),
     ("generation", "chat"),
     ("identity", "chat"),
