@@ -207,7 +207,7 @@ impl ChatSession {
             None => {
                 self.idle()?;
                 let job = turns::prepare(&self.desk.sql, config, caller, session_id, turn, clock::now_ms())?;
-                (self.engine.start(self.desk.clone(), job, turn.key.as_ref())?, true)
+                (self.engine.start(self.desk.clone(), job, turn.key.as_ref(), config.hold_ttl_ms)?, true)
             }
         };
         self.arm(WATCH_MS).await;

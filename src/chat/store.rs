@@ -66,7 +66,7 @@ pub fn exists(sql: &Sql) -> Result<bool, SqlError> {
 /// # Errors
 /// When SQLite refuses.
 pub fn migrate(sql: &Sql) -> Result<(), SqlError> {
-    SCHEMA.iter().try_for_each(|statement| sql.run(statement, vec![]).map(|_| ()))
+    sql.run(&SCHEMA.join(";"), vec![]).map(|_| ())
 }
 
 /// The session, and the revision that is in D1.

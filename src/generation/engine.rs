@@ -9,6 +9,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::future::Future;
 use std::rc::Rc;
 
 use futures::future::{Either, LocalBoxFuture, join, select};
@@ -101,11 +102,19 @@ impl Engine {
     ///
     /// # Errors
     /// When the row cannot be written; nothing runs then.
-    pub fn start(self: &Rc<Self>, owner: Rc<dyn Owner>, job: Job, key: Option<&IdempotencyKey>) -> Result<Rc<Live>, SqlError> {
+    pub fn start(
+        self: &Rc<Self>,
+        owner: Rc<dyn Owner>,
+        job: Job,
+        key: Option<&IdempotencyKey>,
+        hold_ttl_ms: i64,
+    ) -> Result<Rc<Live>, SqlError> {
+        // Asked before the row is written, so that the ledger need not wait until that is durable; the provider does.
+        let hold = LedgerClient::of(&self.env, &job.caller).reserve(reservation(&job, hold_ttl_ms));
         store::insert(&self.sql, &job, key, clock::now_ms())?;
         let live = self.register(&job);
         let (engine, shared) = (self.clone(), live.clone());
-        self.state.wait_until(async move { engine.run(owner, job, shared).await });
+        self.state.wait_until(async move { engine.run(owner, job, shared, hold).await });
         Ok(live)
     }
 
@@ -163,9 +172,15 @@ impl Engine {
         });
     }
 
-    async fn run(self: Rc<Self>, owner: Rc<dyn Owner>, job: Job, live: Rc<Live>) {
+    async fn run(
+        self: Rc<Self>,
+        owner: Rc<dyn Owner>,
+        job: Job,
+        live: Rc<Live>,
+        hold: impl Future<Output = Result<u64, ApiError>>,
+    ) {
         let (id, ledger) = (job.ids.request_id.clone(), LedgerClient::of(&self.env, &job.caller));
-        let primed = match self.prime(&job, &live, &ledger).await {
+        let primed = match self.prime(&job, &live, hold).await {
             Ok(primed) => self.begin(&*owner, &job, &live).map(|()| primed).map_err(|cause| {
                 log::error("begin", &id, &cause);
                 ApiError::internal()
@@ -196,10 +211,10 @@ impl Engine {
         }
     }
 
-    /// Takes the hold, calls the provider and waits for its first event.
-    async fn prime(&self, job: &Job, live: &Live, ledger: &LedgerClient) -> Result<Primed, ApiError> {
+    /// Waits for the hold, calls the provider and waits for its first event.
+    async fn prime(&self, job: &Job, live: &Live, hold: impl Future<Output = Result<u64, ApiError>>) -> Result<Primed, ApiError> {
         let config = Config::of(&self.env)?;
-        let granted = ledger.reserve(reservation(job, config.hold_ttl_ms)).await?;
+        let granted = hold.await?;
         let request = ChatRequest::new(job.upstream.clone(), job.prompt.clone(), granted, job.sampling);
         let first_event = async {
             let connection = client::open(&config, &request, &job.ids.request_id).await?;

@@ -65,7 +65,7 @@ const COLUMNS: &str = "SELECT doc, state, fingerprint, ending, charged FROM gene
 /// # Errors
 /// When SQLite refuses.
 pub fn migrate(sql: &Sql) -> Result<(), SqlError> {
-    SCHEMA.iter().try_for_each(|statement| sql.run(statement, vec![]).map(|_| ()))
+    sql.run(&SCHEMA.join(";"), vec![]).map(|_| ())
 }
 
 fn row(raw: Raw) -> Result<Row, SqlError> {

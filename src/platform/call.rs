@@ -2,32 +2,57 @@
 //!
 //! Invariant: whatever goes wrong on the way, the caller gets an `ApiError` within the limit and the cause is logged.
 
+use std::future::{Future, ready};
+
+use futures::FutureExt;
+use futures::future::Either;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use worker::wasm_bindgen::JsValue;
-use worker::{Env, Method, Request, RequestInit, Response};
+use worker::{Env, Method, Request, RequestInit, Response, Stub};
 
 use super::{clock, log};
 use crate::error::ApiError;
 
-/// Sends `command` to the object `name` of `binding` and answers its raw response.
+/// Sends `command` to the object `name` of `binding` at once, before the returned future is polled, and answers its raw
+/// response. At once matters inside an object: what is sent after a write waits until that write is durable.
 ///
 /// # Errors
 /// When the object cannot be reached or does not answer within `limit_ms`.
-pub async fn raw(env: &Env, binding: &str, name: &str, command: &impl Serialize, limit_ms: u64) -> Result<Response, ApiError> {
-    let failed = |cause: &dyn std::fmt::Display| {
-        log::error("object_call", binding, cause);
-        ApiError::internal()
-    };
-    let body = serde_json::to_string(command).map_err(|e| failed(&e))?;
+pub fn raw<C: Serialize>(
+    env: &Env,
+    binding: &str,
+    name: &str,
+    command: &C,
+    limit_ms: u64,
+) -> impl Future<Output = Result<Response, ApiError>> + use<C> {
+    let binding = binding.to_owned();
+    let sent = prepare(env, &binding, name, command).map(|(stub, request)| {
+        let mut fetch = Box::pin(async move { stub.fetch_with_request(request).await });
+        // The first poll sends the request; its waker is replaced by the next.
+        match (&mut fetch).now_or_never() {
+            Some(answer) => Either::Left(ready(answer)),
+            None => Either::Right(fetch),
+        }
+    });
+    async move {
+        let failed = |cause: &dyn std::fmt::Display| {
+            log::error("object_call", &binding, cause);
+            ApiError::internal()
+        };
+        match clock::within(limit_ms, sent.map_err(|e| failed(&e))?).await {
+            Some(answer) => answer.map_err(|e| failed(&e)),
+            None => Err(failed(&"no answer in time")),
+        }
+    }
+}
+
+fn prepare(env: &Env, binding: &str, name: &str, command: &impl Serialize) -> worker::Result<(Stub, Request)> {
+    let body = serde_json::to_string(command)?;
     let mut init = RequestInit::new();
     init.with_method(Method::Post).with_body(Some(JsValue::from_str(&body)));
-    let request = Request::new_with_init("https://object/", &init).map_err(|e| failed(&e))?;
-    let stub = env.durable_object(binding).and_then(|objects| objects.get_by_name(name)).map_err(|e| failed(&e))?;
-    match clock::within(limit_ms, stub.fetch_with_request(request)).await {
-        Some(answer) => answer.map_err(|e| failed(&e)),
-        None => Err(failed(&"no answer in time")),
-    }
+    let request = Request::new_with_init("https://object/", &init)?;
+    Ok((env.durable_object(binding)?.get_by_name(name)?, request))
 }
 
 /// Reads an object's JSON `Result` out of its response.

@@ -3,6 +3,8 @@
 //! Invariant: a call is bounded in time and safe to repeat: every command carries its own id (hold or key), so a repeated
 //! one moves nothing twice.
 
+use std::future::Future;
+
 use worker::Env;
 
 use super::books::Entry;
@@ -60,20 +62,28 @@ impl LedgerClient {
         Self { env: env.clone(), name: format!("\u{1f}{what}"), caller: None }
     }
 
-    async fn ask(&self, command: Command) -> Result<Reply, ApiError> {
+    /// Sends a command at once; see [`call::raw`].
+    fn ask(&self, command: Command) -> impl Future<Output = Result<Reply, ApiError>> + use<> {
         let call = Call { caller: self.caller.clone(), command };
-        let unreachable = |error: ApiError| if error.code == 5000 { ApiError::quota_unavailable() } else { error };
-        call::ask(&self.env, BINDING, &self.name, &call, LIMIT_MS).await.map_err(unreachable)
+        let sent = call::raw(&self.env, BINDING, &self.name, &call, LIMIT_MS);
+        async move {
+            let unreachable = |error: ApiError| if error.code == 5000 { ApiError::quota_unavailable() } else { error };
+            let answer = async { call::outcome(BINDING, sent.await?).await };
+            answer.await.map_err(unreachable)
+        }
     }
 
-    /// Takes a hold; answers the output tokens it covers.
+    /// Takes a hold; answers the output tokens it covers. The request is sent at once, before the future is polled.
     ///
     /// # Errors
     /// 429/3010 or 403/3011; 503/3511 when the ledger cannot answer (nothing is spent then).
-    pub async fn reserve(&self, ask: Reserve) -> Result<u64, ApiError> {
-        match self.ask(Command::Reserve(ask)).await? {
-            Reply::Granted { output_tokens } => Ok(output_tokens),
-            _ => Err(ApiError::quota_unavailable()),
+    pub fn reserve(&self, ask: Reserve) -> impl Future<Output = Result<u64, ApiError>> + use<> {
+        let sent = self.ask(Command::Reserve(ask));
+        async move {
+            match sent.await? {
+                Reply::Granted { output_tokens } => Ok(output_tokens),
+                _ => Err(ApiError::quota_unavailable()),
+            }
         }
     }
 

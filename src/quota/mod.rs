@@ -96,7 +96,8 @@ impl Limit {
     pub const fn left(self, spent: u64) -> u64 {
         match self {
             Self::Tokens(limit) => limit.saturating_sub(spent),
-            Self::Unlimited => SAFE_INTEGER_MAX,
+            // What is settled must stay countable even where nothing limits it.
+            Self::Unlimited => SAFE_INTEGER_MAX.saturating_sub(spent),
         }
     }
 }

@@ -60,7 +60,7 @@ pub struct Waiting {
 /// # Errors
 /// When SQLite refuses.
 pub fn migrate(sql: &Sql) -> Result<(), SqlError> {
-    SCHEMA.iter().try_for_each(|statement| sql.run(statement, vec![]).map(|_| ()))
+    sql.run(&SCHEMA.join(";"), vec![]).map(|_| ())
 }
 
 /// Loads the rows `command` is decided on at `now_ms`.
