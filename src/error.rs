@@ -182,12 +182,6 @@ impl ApiError {
         Self::new(429, 4000, "too_many_requests", message).with_retry_after(seconds)
     }
 
-    /// 409/1005: it is there already.
-    #[must_use]
-    pub fn already(message: impl Into<String>) -> Self {
-        Self::new(409, 1005, "already_exists", message)
-    }
-
     /// 403/3011: the account is suspended.
     #[must_use]
     pub fn quota_suspended() -> Self {

@@ -60,6 +60,8 @@ pub struct Filter<'a> {
     pub limit: u64,
     /// Rows to pass over.
     pub offset: u64,
+    /// How many there are in all is wanted, too.
+    pub counted: bool,
 }
 
 #[derive(Deserialize)]
@@ -138,9 +140,8 @@ pub async fn list(env: &Env, filter: &Filter<'_>) -> worker::Result<(Vec<Session
     let rows = db
         .prepare(format!("SELECT * FROM chat_sessions WHERE {condition} ORDER BY updated_at DESC, id DESC LIMIT ? OFFSET ?"))
         .bind(&values)?;
-    let results = db.batch(vec![count, rows]).await?;
-    let mut results = results.iter();
-    let total = results.next().map(|result| result.results::<Count>()).transpose()?.unwrap_or_default();
-    let rows = results.next().map(|result| result.results::<Row>()).transpose()?.unwrap_or_default();
+    let results = db.batch(if filter.counted { vec![rows, count] } else { vec![rows] }).await?;
+    let rows: Vec<Row> = results.first().map(|result| result.results()).transpose()?.unwrap_or_default();
+    let total: Vec<Count> = results.get(1).map(|result| result.results()).transpose()?.unwrap_or_default();
     Ok((rows.into_iter().map(Row::session).collect(), total.first().map_or(0, |count| count.total)))
 }

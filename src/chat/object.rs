@@ -22,6 +22,7 @@ use super::turns::{self, Desk};
 use super::{Call, Command, Delivery, Incoming, Page, Patch, Session, Status, Turn, TurnKind, WholeAnswer, store, wire};
 use crate::config::Config;
 use crate::error::ApiError;
+use crate::generation::Ids;
 use crate::generation::engine::{Engine, Owner};
 use crate::generation::event::Mode;
 use crate::generation::live::{Live, StopWish};
@@ -134,8 +135,9 @@ impl ChatSession {
             }
             Command::Delete => {
                 self.session()?;
-                self.stop().await?;
+                // Marked before anything is awaited: no turn can start in between.
                 self.desk.change(|session| session.status = Status::Deleted)?;
+                self.stop_running().await?;
                 self.publish().await;
                 Ok(Answer::Whole(json!({})))
             }
@@ -223,6 +225,9 @@ impl ChatSession {
     /// The generation an equal request has already started.
     fn repeated(&self, turn: &Turn) -> Result<Option<Rc<Live>>, ApiError> {
         let Some(key) = &turn.key else { return Ok(None) };
+        if store::session(&self.desk.sql)?.is_some_and(|(session, _)| session.status == Status::Deleted) {
+            return Err(ApiError::not_found("会话"));
+        }
         let Some(row) = generations::of_key(&self.desk.sql, &key.key)? else { return Ok(None) };
         if row.fingerprint.as_deref() != Some(key.fingerprint.as_str()) {
             return Err(ApiError::conflict("相同的 Idempotency-Key 已用于另一个请求，请换一个新的键"));
@@ -235,16 +240,24 @@ impl ChatSession {
         let limit_ms = u64::try_from(until - clock::now_ms()).unwrap_or(0);
         let finished = match clock::within(limit_ms, live.finished()).await {
             Some(finished) => finished?,
+            // Another request's generation is not this one's to end: its author can read on by resuming.
+            None if !own => {
+                return Err(ApiError::conflict("该回复还在生成，请稍后用续传接口读取")
+                    .with_data("messageId", live.ids.message_id.clone())
+                    .with_data("requestId", live.ids.request_id.clone())
+                    .with_retry_after(2));
+            }
             None => {
-                if own {
-                    live.wish_stop(StopWish::Time);
-                }
+                live.wish_stop(StopWish::Time);
                 clock::within(WHOLE_END_MS, live.finished()).await.ok_or_else(ApiError::provider_timeout)??
             }
         };
         let ids = &live.ids;
         if let Some(error) = finished.ending.error {
-            return Err(error.with_data("sessionId", ids.session_id.clone()).with_data("messageId", ids.message_id.clone()));
+            return Err(error
+                .with_data("sessionId", ids.session_id.clone())
+                .with_data("messageId", ids.message_id.clone())
+                .with_data("requestId", ids.request_id.clone()));
         }
         let row = generations::of_message(&self.desk.sql, &ids.message_id)?.ok_or_else(ApiError::internal)?;
         Ok(json!(WholeAnswer {
@@ -271,16 +284,22 @@ impl ChatSession {
 
     async fn stop(&self) -> Result<Value, ApiError> {
         let session = self.session()?;
-        let live = generations::running(&self.desk.sql)?.and_then(|row| self.engine.live(&row.job.ids.request_id));
-        let Some(live) = live else { return Ok(json!({"stopped": false, "sessionId": session.id})) };
-        live.wish_stop(StopWish::Author);
-        let ids = live.ids.clone();
-        let finished = clock::within(STOP_WAIT_MS, live.finished()).await;
-        let finish_reason = finished.and_then(Result::ok).map(|finished| finished.ending.finish_reason);
+        let Some((ids, finish_reason)) = self.stop_running().await? else {
+            return Ok(json!({"stopped": false, "sessionId": session.id}));
+        };
         Ok(json!({
             "stopped": finish_reason.as_deref().is_none_or(|reason| reason == "stopped"),
             "sessionId": session.id, "messageId": ids.message_id, "requestId": ids.request_id, "finishReason": finish_reason,
         }))
+    }
+
+    /// Stops the running generation, if any, and waits a while for its end: its ids and why it ended.
+    async fn stop_running(&self) -> Result<Option<(Ids, Option<String>)>, ApiError> {
+        let live = generations::running(&self.desk.sql)?.and_then(|row| self.engine.live(&row.job.ids.request_id));
+        let Some(live) = live else { return Ok(None) };
+        live.wish_stop(StopWish::Author);
+        let finished = clock::within(STOP_WAIT_MS, live.finished()).await;
+        Ok(Some((live.ids.clone(), finished.and_then(Result::ok).map(|finished| finished.ending.finish_reason))))
     }
 
     fn read(&self, config: &Config, limit: u64, offset: u64) -> Result<Value, ApiError> {

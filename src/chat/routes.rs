@@ -36,8 +36,11 @@ type Answer = Result<Response, ApiError>;
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Say {
-    #[serde(alias = "content")]
-    message: String,
+    #[serde(default)]
+    message: Option<String>,
+    /// The specification's name for it.
+    #[serde(default)]
+    content: Option<String>,
     #[serde(default)]
     session_id: Option<String>,
     #[serde(default)]
@@ -50,8 +53,10 @@ struct Say {
 
 #[derive(Deserialize)]
 struct Edit {
-    #[serde(alias = "content")]
-    message: String,
+    #[serde(default)]
+    message: Option<String>,
+    #[serde(default)]
+    content: Option<String>,
     #[serde(default)]
     options: Option<Settings>,
     #[serde(default)]
@@ -87,7 +92,7 @@ pub async fn send_stream(mut ctx: Ctx) -> Answer {
 
 async fn say(ctx: &Ctx, body: Body<Say>, delivery: Delivery) -> Answer {
     let Body { value: say, fingerprint } = body;
-    turn::checked_message(&say.message)?;
+    let content = turn::checked_message(say.message, say.content)?;
     turn::checked_history(say.history.as_deref().unwrap_or_default())?;
     let named = say.session_id.filter(|id| !id.is_empty());
     if named.as_deref().is_some_and(|id| !is_id(id)) {
@@ -95,7 +100,7 @@ async fn say(ctx: &Ctx, body: Body<Say>, delivery: Delivery) -> Answer {
     }
     let create = named.is_none();
     let kind = TurnKind::Ask {
-        content: say.message,
+        content,
         history: if create { say.history.unwrap_or_default() } else { Vec::new() },
         project_id: say.project_id.filter(|id| !id.is_empty()),
         create,
@@ -111,10 +116,10 @@ async fn say(ctx: &Ctx, body: Body<Say>, delivery: Delivery) -> Answer {
 pub async fn edit(mut ctx: Ctx) -> Answer {
     let (session_id, message_id) = (ctx.id(0, "会话")?, ctx.id(1, "消息")?);
     let Body { value: edit, fingerprint } = ctx.body::<Edit>().await?;
-    turn::checked_message(&edit.message)?;
+    let content = turn::checked_message(edit.message, edit.content)?;
     let options = edit.options.unwrap_or_default();
     let delivery = delivery(&ctx, edit.stream.or(options.stream))?;
-    run(&ctx, session_id, TurnKind::Edit { message_id, content: edit.message }, options, fingerprint, delivery).await
+    run(&ctx, session_id, TurnKind::Edit { message_id, content }, options, fingerprint, delivery).await
 }
 
 /// `POST …/messages/:message/regenerate`: another answer to the same question. Whole, or as events if asked for.
@@ -153,19 +158,32 @@ async fn run(
     delivery: Delivery,
 ) -> Answer {
     let started_ms = clock::now_ms();
-    let (key, session_id) = match ctx.header("idempotency-key") {
-        None => (None, session_id),
+    let ledger = LedgerClient::of(&ctx.env, ctx.caller()?);
+    let (key, session_id, claimed) = match ctx.header("idempotency-key") {
+        None => (None, session_id, false),
         Some(key) if key.len() > KEY_BYTES_MAX => {
             return Err(ApiError::invalid("Idempotency-Key", format!("不能超过 {KEY_BYTES_MAX} 字节")));
         }
         Some(key) => {
-            let bound = LedgerClient::of(&ctx.env, ctx.caller()?).claim(&key, &fingerprint, &session_id).await?;
-            (Some(IdempotencyKey { key, fingerprint }), bound)
+            let (bound, existed) = ledger.claim(&key, &fingerprint, &session_id).await?;
+            (Some(IdempotencyKey { key, fingerprint }), bound, !existed)
         }
     };
-    let command = Command::Turn(Box::new(Turn { kind, options, key, delivery }));
+    let turn = Turn { kind, options, key: key.clone(), delivery };
+    let answer = deliver(ctx, &session_id, turn, started_ms).await;
+    // A refused request has started nothing: its key is free for a corrected one. An answer that broke off has ids.
+    if let (Err(error), Some(key), true) = (&answer, key, claimed)
+        && !error.data.contains_key("requestId")
+    {
+        ledger.unclaim(&key.key, &key.fingerprint).await;
+    }
+    answer
+}
+
+async fn deliver(ctx: &Ctx, session_id: &str, turn: Turn, started_ms: i64) -> Answer {
+    let delivery = turn.delivery;
     let limit_ms = u64::try_from(ctx.config.stream_idle_ms).unwrap_or(0) + TURN_SLACK_MS;
-    let response = ask(ctx, &session_id, command, limit_ms).await?;
+    let response = ask(ctx, session_id, Command::Turn(Box::new(turn)), limit_ms).await?;
     match delivery {
         Delivery::Stream(_) => events(response).await,
         Delivery::Whole { .. } => {
@@ -247,18 +265,13 @@ pub async fn resume(ctx: Ctx) -> Answer {
 /// As [`send`] for the body; 503 when the ledger is away.
 pub async fn quote(mut ctx: Ctx) -> Answer {
     let Body { value: say, .. } = ctx.body::<Say>().await?;
-    turn::checked_message(&say.message)?;
+    let content = turn::checked_message(say.message, say.content)?;
     turn::checked_history(say.history.as_deref().unwrap_or_default())?;
     let named = say.session_id.filter(|id| !id.is_empty());
     if named.as_deref().is_some_and(|id| !is_id(id)) {
         return Err(ApiError::not_found("会话"));
     }
-    let kind = TurnKind::Ask {
-        content: say.message,
-        history: say.history.unwrap_or_default(),
-        project_id: None,
-        create: named.is_none(),
-    };
+    let kind = TurnKind::Ask { content, history: say.history.unwrap_or_default(), project_id: None, create: named.is_none() };
     let command = Command::Quote { kind, options: say.options.unwrap_or_default() };
     // A turn without a session is quoted by an object that never becomes one.
     let response = ask(&ctx, named.as_deref().unwrap_or("quote"), command, CALL_MS).await?;
@@ -300,6 +313,7 @@ pub async fn list(ctx: Ctx) -> Answer {
         status,
         limit,
         offset,
+        counted: paged.is_some(),
     };
     let failed = |cause: &dyn std::fmt::Display| {
         log::error("session_list", &ctx.request_id, cause);

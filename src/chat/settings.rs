@@ -3,7 +3,8 @@
 //! Invariant: a value outside its range is refused by name before anything is spent; only what the user set is stored, so
 //! that defaults may change. PURE.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::ApiError;
 
@@ -25,7 +26,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
     /// Most output, tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "whole")]
     pub max_tokens: Option<i64>,
     /// 0.0–1.0.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -42,6 +43,12 @@ pub struct Settings {
     /// In a call's `options` only: the answer is wanted as events. Never stored.
     #[serde(skip_serializing)]
     pub stream: Option<bool>,
+}
+
+/// A whole number, also one written as `100.0` (JavaScript knows no other).
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, D::Error> {
+    let Some(number) = Option::<f64>::deserialize(deserializer)? else { return Ok(None) };
+    if number.fract() == 0.0 && number.abs() <= 9e15 { Ok(Some(number as i64)) } else { Err(D::Error::custom("expected 整数")) }
 }
 
 impl Settings {

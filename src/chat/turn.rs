@@ -61,12 +61,12 @@ pub fn plan(config: &Config, session: &Settings, options: &Settings) -> Result<P
     Ok(Plan { model, max_output, sampling, system_prompt: settings.system_prompt })
 }
 
-/// The author's message, checked.
+/// The author's message, under either of its names, checked.
 ///
 /// # Errors
-/// 400/1001 when it is empty.
-pub fn checked_message(content: &str) -> Result<(), ApiError> {
-    if content.trim().is_empty() { Err(ApiError::invalid("message", "不能为空")) } else { Ok(()) }
+/// 400/1001 when it is missing or empty.
+pub fn checked_message(message: Option<String>, content: Option<String>) -> Result<String, ApiError> {
+    message.or(content).filter(|text| !text.trim().is_empty()).ok_or_else(|| ApiError::invalid("message", "不能为空"))
 }
 
 /// Client-held turns, checked: who spoke must be known. (`system` is taken, and passed over: instructions come from the

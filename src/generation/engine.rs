@@ -16,7 +16,7 @@ use futures::future::{Either, LocalBoxFuture, join, select};
 use worker::{Env, State};
 
 use super::event::Event;
-use super::live::{Finished, Live, StopWish};
+use super::live::{Finished, Live};
 use super::pump::{self, Primed, Pump, ending, refusal};
 use super::store::{self, IdempotencyKey, Row};
 use super::{Ending, Job, meter};
@@ -143,14 +143,16 @@ impl Engine {
                     self.settle_later(row.job, ending);
                     continue;
                 }
+                // Nobody saw anything of it: as if the provider had refused. Its key may start another.
+                ("starting" | "void", None) => {
+                    store::void(&self.sql, &id)?;
+                    self.release_later(row.job);
+                    continue;
+                }
                 (_, Some(ending)) => (ending, last + 1),
-                (state, None) => {
-                    if state == "starting" {
-                        owner.begun(&row.job)?;
-                    }
+                (_, None) => {
                     let ending = interrupted(estimate(&row.job, &text, &events));
-                    owner.ended(&row.job, &text, "", &ending)?;
-                    store::ended(&self.sql, &id, &ending, clock::now_ms())?;
+                    self.save_end(owner, &row.job, &text, "", &ending)?;
                     (ending, last + UNSTORED_IDS_MAX)
                 }
             };
@@ -172,6 +174,35 @@ impl Engine {
         });
     }
 
+    /// Frees the hold of a generation that never began, and then forgets it.
+    fn release_later(self: &Rc<Self>, job: Job) {
+        let engine = self.clone();
+        self.state.wait_until(async move { engine.release_and_forget(&job).await });
+    }
+
+    async fn release_and_forget(&self, job: &Job) {
+        let id = &job.ids.request_id;
+        let released = LedgerClient::of(&self.env, &job.caller).release(&job.hold_id).await;
+        let forgotten = match released {
+            Ok(()) => store::forget(&self.sql, id).map_err(|cause| cause.to_string()),
+            // The row stays, and the owner's alarm tries again.
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(cause) = forgotten {
+            log::error("release", id, &cause);
+        }
+    }
+
+    /// One commit: the text and how it ended.
+    fn save_end(&self, owner: &Rc<dyn Owner>, job: &Job, text: &str, reasoning: &str, ending: &Ending) -> Result<(), SqlError> {
+        let (owner, sql, job, ending) = (owner.clone(), self.sql.clone(), job.clone(), ending.clone());
+        let (text, reasoning) = (text.to_owned(), reasoning.to_owned());
+        self.sql.transaction(move || {
+            owner.ended(&job, &text, &reasoning, &ending)?;
+            store::ended(&sql, &job.ids.request_id, &ending, clock::now_ms())
+        })
+    }
+
     async fn run(
         self: Rc<Self>,
         owner: Rc<dyn Owner>,
@@ -179,7 +210,7 @@ impl Engine {
         live: Rc<Live>,
         hold: impl Future<Output = Result<u64, ApiError>>,
     ) {
-        let (id, ledger) = (job.ids.request_id.clone(), LedgerClient::of(&self.env, &job.caller));
+        let id = job.ids.request_id.clone();
         let primed = match self.prime(&job, &live, hold).await {
             Ok(primed) => self.begin(&*owner, &job, &live).map(|()| primed).map_err(|cause| {
                 log::error("begin", &id, &cause);
@@ -190,22 +221,23 @@ impl Engine {
         match primed {
             Ok(primed) => self.pump(owner, job, live, primed).await,
             Err(error) => {
-                if let Err(cause) = store::forget(&self.sql, &id) {
-                    log::error("forget", &id, &cause);
+                // The session is free for another turn, the key for another try. Where a hold may stand, the row stays
+                // until it is freed; where the ledger has refused one, nothing does.
+                let refused = [3010, 3011].contains(&error.code);
+                let cleared = if refused { store::forget(&self.sql, &id) } else { store::void(&self.sql, &id) };
+                if let Err(cause) = cleared {
+                    log::error("clear", &id, &cause);
                 }
                 self.lives.borrow_mut().remove(&id);
-                // The hold may stand (the provider failed) or not (the ledger refused): releasing is right for both. It
-                // is waited for a moment, so that a retry finds the tokens free, but not for a ledger that is away.
-                let mut release = Box::pin(ledger.release(&job.hold_id));
-                let held = ![3010, 3011].contains(&error.code);
-                let freed = if held { clock::within(RELEASE_MS, release.as_mut()).await } else { Some(Ok(())) };
+                if refused {
+                    return live.refuse(error);
+                }
+                // Waited for a moment, so that a retry finds the tokens free, but not for a ledger that is away.
+                let mut release = Box::pin(self.release_and_forget(&job));
+                let freed = clock::within(RELEASE_MS, release.as_mut()).await;
                 live.refuse(error);
-                let freed = match freed {
-                    Some(freed) => freed,
-                    None => release.await,
-                };
-                if freed.is_err() {
-                    log::error("release", &id, &"left to its expiry");
+                if freed.is_none() {
+                    release.await;
                 }
             }
         }
@@ -230,16 +262,39 @@ impl Engine {
             if answer.events == 0 {
                 return Err(ApiError::provider_bad_answer("the model service ended without an event"));
             }
-            Ok(Primed { connection: Some(connection), answer, pieces, result })
+            Ok(Primed { source: Ok(connection), answer, pieces, result })
         };
         let limit_ms = u64::try_from(config.stream_idle_ms).unwrap_or(30_000);
-        match select(std::pin::pin!(clock::within(limit_ms, first_event)), std::pin::pin!(live.stopped())).await {
+        let first_event = self.holding(job, &config, clock::within(limit_ms, first_event));
+        match select(std::pin::pin!(first_event), std::pin::pin!(live.stopped())).await {
             Either::Left((Some(primed), _)) => primed,
-            Either::Left((None, _)) | Either::Right((StopWish::Time, _)) => Err(ApiError::provider_timeout()),
-            Either::Right((StopWish::Author, _)) => {
-                Ok(Primed { connection: None, answer: Answer::of_tokens(0), pieces: vec![], result: Ok(()) })
+            Either::Left((None, _)) => Err(ApiError::provider_timeout()),
+            Either::Right((wish, _)) => Ok(Primed::stopped(wish)),
+        }
+    }
+
+    /// Waits for `work`, renewing the hold meanwhile.
+    async fn holding<T>(&self, job: &Job, config: &Config, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match select(work.as_mut(), clock::sleep_ms(pump::renew_every_ms(config))).await {
+                Either::Left((done, _)) => return done,
+                Either::Right(_) => self.renew(job, config.hold_ttl_ms),
             }
         }
+    }
+
+    /// Renews the hold, beside whatever runs.
+    pub(super) fn renew(&self, job: &Job, ttl_ms: i64) {
+        let renewed = LedgerClient::of(&self.env, &job.caller).renew(&job.hold_id, ttl_ms);
+        let id = job.ids.request_id.clone();
+        self.state.wait_until(async move {
+            match renewed.await {
+                Ok(true) => {}
+                Ok(false) => log::error("renew", &id, &"the hold has expired: what follows will be written off"),
+                Err(cause) => log::error("renew", &id, &cause),
+            }
+        });
     }
 
     /// One commit: the messages are there, the generation runs.
@@ -255,16 +310,22 @@ impl Engine {
     async fn pump(self: Rc<Self>, owner: Rc<dyn Owner>, job: Job, live: Rc<Live>, primed: Primed) {
         let mut pump = Pump::new(&self, &job, &live, primed.answer);
         pump.deliver(primed.pieces);
-        let outcome = match primed.connection {
-            Some(connection) => pump.read(connection, primed.result).await,
-            None => pump::Outcome::Stopped(StopWish::Author),
+        let outcome = match primed.source {
+            Ok(connection) => pump.read(connection, primed.result).await,
+            Err(wish) => pump::Outcome::Stopped(wish),
         };
-        let (answer, next_seq) = (pump.finish(), pump.next_seq);
+        let (answer, logged, next_seq) = (pump.finish(), pump.flush(clock::now_ms()), pump.next_seq);
         let ending = ending(&job, &answer, &outcome);
-        let saved = store::ended(&self.sql, &job.ids.request_id, &ending, clock::now_ms())
-            .and_then(|()| owner.ended(&job, &answer.text, &answer.reasoning, &ending));
+        let saved = logged.and_then(|()| self.save_end(&owner, &job, &answer.text, &answer.reasoning, &ending));
         if let Err(cause) = saved {
+            // Not saved is not ended: the row still says that it runs, and the alarm's recovery closes it from the log.
             log::error("save_answer", &job.ids.request_id, &cause);
+            self.lives.borrow_mut().remove(&job.ids.request_id);
+            let error = ApiError::interrupted();
+            live.append(&[(next_seq, Event::error(&error))]);
+            let ending = interrupted(None);
+            live.end(Finished { text: answer.text, ending, charged: 0 });
+            return;
         }
         self.conclude(owner, job, live, answer.text, ending, next_seq).await;
     }
@@ -280,16 +341,20 @@ impl Engine {
         next_seq: u64,
     ) {
         let publish = clock::within(PUBLISH_MS, owner.publish());
-        let ((charged, crossings), _) = join(self.charge(&job, &ending), publish).await;
+        let charge = self.charge(&job, &ending);
+        let ((charged, crossings), _) = match Config::of(&self.env) {
+            Ok(config) => join(self.holding(&job, &config, charge), publish).await,
+            Err(_) => join(charge, publish).await,
+        };
         let terminal = match &ending.error {
             Some(error) => Event::error(error),
             None => Event::Done {
                 finish: ending.finish_reason.clone(),
                 model: job.model.clone(),
-                usage: ending.usage.unwrap_or_default(),
+                usage: Box::new(ending.usage.unwrap_or_default()),
             },
         };
-        let last = crossings.into_iter().map(Event::Quota).chain([terminal]);
+        let last = crossings.into_iter().map(|crossing| Event::Quota(Box::new(crossing))).chain([terminal]);
         let events: Vec<(u64, Event)> = (next_seq..).zip(last).collect();
         let id = &job.ids.request_id;
         if let Err(cause) = store::append(&self.sql, id, &events).and_then(|()| store::told(&self.sql, id, charged)) {

@@ -27,7 +27,7 @@ pub enum Event {
     Delta(String, u64),
     /// A quota threshold was crossed.
     #[serde(rename = "q")]
-    Quota(Crossing),
+    Quota(Box<Crossing>),
     /// Last: complete, or stopped by the author.
     #[serde(rename = "f")]
     Done {
@@ -36,7 +36,7 @@ pub enum Event {
         /// Catalogue id of the model.
         model: String,
         /// What was used.
-        usage: Usage,
+        usage: Box<Usage>,
     },
     /// Last: broken off.
     #[serde(rename = "e")]
@@ -230,11 +230,16 @@ mod tests {
             Event::Meta { model: "gpt-4".to_owned() },
             Event::Delta("他说：\"走\"\n".to_owned(), 1),
             Event::Delta("吧".to_owned(), 2),
-            Event::Quota(Crossing { quota_type: QuotaType::Daily, total_quota: 10, remaining_quota: 1, level: Level::Critical }),
+            Event::Quota(Box::new(Crossing {
+                quota_type: QuotaType::Daily,
+                total_quota: 10,
+                remaining_quota: 1,
+                level: Level::Critical,
+            })),
             Event::Done {
                 finish: "stop".to_owned(),
                 model: "gpt-4".to_owned(),
-                usage: Usage { input: 5, output: 2, ..Usage::default() },
+                usage: Box::new(Usage { input: 5, output: 2, ..Usage::default() }),
             },
         ]
     }

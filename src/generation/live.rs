@@ -118,6 +118,16 @@ impl Live {
         });
     }
 
+    /// Appends events of a generation that has begun.
+    pub fn extend(&self, events: impl IntoIterator<Item = (u64, Event)>) {
+        self.change(|inner| inner.events.extend(events));
+    }
+
+    /// Shows the events after the first `known` ones.
+    pub fn after<T>(&self, known: usize, show: impl FnOnce(&[(u64, Event)]) -> T) -> T {
+        show(self.inner.borrow().events.get(known..).unwrap_or_default())
+    }
+
     /// Ends it: the terminal event must have been appended.
     pub fn end(&self, finished: Finished) {
         self.change(|inner| inner.phase = Phase::Ended(Box::new(finished)));
@@ -150,12 +160,6 @@ impl Live {
             std::mem::take(&mut inner.stoppers)
         });
         stoppers.into_iter().for_each(Waker::wake);
-    }
-
-    /// The wish to stop, if any.
-    #[must_use]
-    pub fn stop_wish(&self) -> Option<StopWish> {
-        self.inner.borrow().stop
     }
 
     /// Waits for `look` to find something in the state.
@@ -323,7 +327,7 @@ mod tests {
     }
 
     fn done(seq: u64) -> (u64, Event) {
-        (seq, Event::Done { finish: "stop".to_owned(), model: "m".to_owned(), usage: Usage::default() })
+        (seq, Event::Done { finish: "stop".to_owned(), model: "m".to_owned(), usage: Box::default() })
     }
 
     fn text(item: Option<Option<Result<Vec<u8>, ApiError>>>) -> String {

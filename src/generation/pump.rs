@@ -13,9 +13,9 @@ use crate::config::Config;
 use crate::error::ApiError;
 use crate::llm::answer::{Answer, Broken};
 use crate::llm::client::{self, Connection};
+use crate::platform::sql::SqlError;
 use crate::platform::{clock, log};
 use crate::quota::EndReason;
-use crate::quota::client::LedgerClient;
 
 /// The pump looks at its clocks this often, ms: the grain of every limit below.
 const TICK_MS: u64 = 200;
@@ -28,14 +28,28 @@ const TAIL_MS: i64 = 5_000;
 
 /// A provider that has begun, and what it has said so far.
 pub struct Primed {
-    /// `None`: stopped before the provider answered.
-    pub connection: Option<Connection>,
+    /// Where more comes from; the wish that stopped it before the provider answered.
+    pub source: Result<Connection, StopWish>,
     /// What it said.
     pub answer: Answer,
     /// The same as pieces of text.
     pub pieces: Vec<String>,
     /// Whether it broke off already.
     pub result: Result<(), Broken>,
+}
+
+impl Primed {
+    /// Stopped before the provider answered: nothing was said.
+    #[must_use]
+    pub fn stopped(wish: StopWish) -> Self {
+        Self { source: Err(wish), answer: Answer::of_tokens(0), pieces: Vec::new(), result: Ok(()) }
+    }
+}
+
+/// How often a hold is renewed, ms: every minute, more often where it lapses sooner.
+#[must_use]
+pub fn renew_every_ms(config: &Config) -> u64 {
+    u64::try_from(RENEW_MS.min(config.hold_ttl_ms / 3).max(1)).unwrap_or(60_000)
 }
 
 /// Why the pump stopped reading.
@@ -56,8 +70,8 @@ pub struct Pump<'a> {
     job: &'a Job,
     live: &'a Live,
     answer: Answer,
-    /// Events that are sent but not durable yet.
-    pending: Vec<(u64, Event)>,
+    /// Events of the log that are durable; those after them are only sent.
+    durable: usize,
     /// The id of the next event.
     pub next_seq: u64,
     delivered: u64,
@@ -77,7 +91,8 @@ impl<'a> Pump<'a> {
             job,
             live,
             answer,
-            pending: Vec::new(),
+            // The meta event is written with the messages.
+            durable: 1,
             next_seq: 2,
             delivered: 0,
             flushed_at: now,
@@ -157,46 +172,47 @@ impl<'a> Pump<'a> {
         if events.is_empty() {
             return;
         }
-        let start = self.pending.len();
-        for event in events {
-            self.pending.push((self.next_seq, event));
-            self.next_seq += 1;
-        }
-        self.live.append(self.pending.get(start..).unwrap_or_default());
+        let first = self.next_seq;
+        self.next_seq += events.len() as u64;
+        self.live.extend((first..).zip(events));
         let now = clock::now_ms();
         self.beat_at = now;
         if now - self.flushed_at >= FLUSH_MS {
-            self.flush(now);
+            self.flush_or_log(now);
         }
     }
 
-    fn flush(&mut self, now: i64) {
+    /// Makes what was sent durable.
+    ///
+    /// # Errors
+    /// When SQLite refuses; it is tried again with what comes next.
+    pub fn flush(&mut self, now: i64) -> Result<(), SqlError> {
         self.flushed_at = now;
-        match store::append(&self.engine.sql, &self.job.ids.request_id, &self.pending) {
-            Ok(()) => self.pending.clear(),
-            Err(cause) => log::error("flush", &self.job.ids.request_id, &cause),
+        let id = &self.job.ids.request_id;
+        let sent = self.live.after(self.durable, |events| store::append(&self.engine.sql, id, events).map(|()| events.len()))?;
+        self.durable += sent;
+        Ok(())
+    }
+
+    fn flush_or_log(&mut self, now: i64) {
+        if let Err(cause) = self.flush(now) {
+            log::error("flush", &self.job.ids.request_id, &cause);
         }
     }
 
     fn tick(&mut self, config: &Config) -> Option<Outcome> {
-        self.append(self.live.take_news().into_iter().map(Event::Quota).collect());
+        self.append(self.live.take_news().into_iter().map(|crossing| Event::Quota(Box::new(crossing))).collect());
         let now = clock::now_ms();
-        if !self.pending.is_empty() && now - self.flushed_at >= FLUSH_MS {
-            self.flush(now);
+        if now - self.flushed_at >= FLUSH_MS {
+            self.flush_or_log(now);
         }
         if now - self.beat_at >= config.heartbeat_ms {
             self.beat_at = now;
             self.live.beat();
         }
-        if now - self.renewed_at >= RENEW_MS.min(config.hold_ttl_ms / 3) {
+        if u64::try_from(now - self.renewed_at).unwrap_or(0) >= renew_every_ms(config) {
             self.renewed_at = now;
-            let ledger = LedgerClient::of(&self.engine.env, &self.job.caller);
-            let (hold_id, ttl_ms) = (self.job.hold_id.clone(), config.hold_ttl_ms);
-            self.engine.state.wait_until(async move {
-                if let Err(cause) = ledger.renew(&hold_id, ttl_ms).await {
-                    log::error("renew", &hold_id, &cause);
-                }
-            });
+            self.engine.renew(self.job, config.hold_ttl_ms);
         }
         if self.finish_at.is_some_and(|at| now - at >= TAIL_MS.min(config.stream_idle_ms)) {
             return Some(Outcome::Complete);
@@ -204,9 +220,8 @@ impl<'a> Pump<'a> {
         (now - self.heard_at >= config.stream_idle_ms).then_some(Outcome::Stalled)
     }
 
-    /// Makes the rest durable and hands over the answer.
+    /// Hands over the answer.
     pub fn finish(&mut self) -> Answer {
-        self.flush(clock::now_ms());
         std::mem::replace(&mut self.answer, Answer::of_tokens(0))
     }
 }

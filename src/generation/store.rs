@@ -1,7 +1,8 @@
 //! A generation's rows in the object that owns it: what it is, where it stands, its event log.
 //!
 //! Invariant: a row exists before the provider is called and says what a later instance must do about it:
-//! `starting`/`running` without a living pump was interrupted; `settling` has its ending written but not charged or told;
+//! `starting` without a living pump never began and becomes `void`, which still has its hold to free; `running` without one
+//! was interrupted; `settling` has its ending written but not charged or told;
 //! `unsettled` is told but not charged; `done` is both. Rows and logs are kept 24 h after the end, for resumes and
 //! repeated keys.
 
@@ -10,12 +11,14 @@ use serde_json::{from_str, to_string};
 
 use super::event::Event;
 use super::{Ending, Job};
+use crate::platform::log;
 use crate::platform::sql::{Sql, SqlError, int};
 
-const SCHEMA: [&str; 5] = [
-    "CREATE TABLE IF NOT EXISTS generation (id TEXT PRIMARY KEY, message_id TEXT NOT NULL, state TEXT NOT NULL, idempotency_key TEXT,
+const SCHEMA: [&str; 6] = [
+    "CREATE TABLE IF NOT EXISTS generation (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, message_id TEXT NOT NULL, state TEXT NOT NULL, idempotency_key TEXT,
      fingerprint TEXT, doc TEXT NOT NULL, ending TEXT, charged INTEGER NOT NULL DEFAULT 0, created_at INTEGER NOT NULL, ended_at INTEGER)",
-    "CREATE INDEX IF NOT EXISTS generation_open ON generation (state) WHERE state <> 'done'",
+    "CREATE INDEX IF NOT EXISTS generation_open ON generation (seq) WHERE state <> 'done'",
+    "CREATE INDEX IF NOT EXISTS generation_ended ON generation (ended_at) WHERE state = 'done'",
     "CREATE INDEX IF NOT EXISTS generation_message ON generation (message_id)",
     "CREATE INDEX IF NOT EXISTS generation_key ON generation (idempotency_key) WHERE idempotency_key IS NOT NULL",
     "CREATE TABLE IF NOT EXISTS event_log (generation_id TEXT NOT NULL, first_seq INTEGER NOT NULL, events TEXT NOT NULL,
@@ -24,6 +27,9 @@ const SCHEMA: [&str; 5] = [
 
 /// How long an ended generation can be resumed and its key repeated, ms (design.md invariant 5).
 pub const KEPT_MS: i64 = 24 * 3_600_000;
+
+/// Events in one row of the log: a row may have 2 MB, and an answer's text has at most half of that in all.
+const PART_EVENTS: usize = 4_096;
 
 /// A generation as stored.
 #[derive(Debug)]
@@ -79,9 +85,7 @@ fn row(raw: Raw) -> Result<Row, SqlError> {
 }
 
 fn find(sql: &Sql, condition: &str, value: &str) -> Result<Option<Row>, SqlError> {
-    sql.first::<Raw>(&format!("{COLUMNS} WHERE {condition} ORDER BY created_at DESC, id DESC LIMIT 1"), vec![value.into()])?
-        .map(row)
-        .transpose()
+    sql.first::<Raw>(&format!("{COLUMNS} WHERE {condition} ORDER BY seq DESC LIMIT 1"), vec![value.into()])?.map(row).transpose()
 }
 
 /// Writes a new generation: `starting`.
@@ -108,7 +112,7 @@ pub fn insert(sql: &Sql, job: &Job, key: Option<&IdempotencyKey>, now_ms: i64) -
 /// # Errors
 /// When SQLite refuses or a row is unreadable.
 pub fn running(sql: &Sql) -> Result<Option<Row>, SqlError> {
-    find(sql, "state IN ('starting', 'running', 'settling') AND ?1 = ?1", "")
+    find(sql, "state <> 'done' AND state NOT IN ('unsettled', 'void') AND ?1 = ''", "")
 }
 
 /// Every generation that still needs something done.
@@ -116,7 +120,10 @@ pub fn running(sql: &Sql) -> Result<Option<Row>, SqlError> {
 /// # Errors
 /// As [`running`].
 pub fn unfinished(sql: &Sql) -> Result<Vec<Row>, SqlError> {
-    sql.rows::<Raw>(&format!("{COLUMNS} WHERE state <> 'done'"), vec![])?.into_iter().map(row).collect()
+    let rows = sql.rows::<Raw>(&format!("{COLUMNS} WHERE state <> 'done'"), vec![])?;
+    // A row that cannot be read (a newer version's, say) must not keep the others from being taken up.
+    let read = |raw: Raw| row(raw).inspect_err(|cause| log::error("generation_row", "", cause)).ok();
+    Ok(rows.into_iter().filter_map(read).collect())
 }
 
 /// The newest generation of a message.
@@ -132,7 +139,7 @@ pub fn of_message(sql: &Sql, message_id: &str) -> Result<Option<Row>, SqlError> 
 /// # Errors
 /// As [`running`].
 pub fn newest(sql: &Sql) -> Result<Option<Row>, SqlError> {
-    find(sql, "?1 = ?1", "")
+    find(sql, "state <> 'void' AND ?1 = ''", "")
 }
 
 /// The generation a key started.
@@ -170,6 +177,15 @@ pub fn told(sql: &Sql, id: &str, charged: Option<u64>) -> Result<(), SqlError> {
     sql.run("UPDATE generation SET state = ?, charged = ? WHERE id = ?", values).map(|_| ())
 }
 
+/// It never began: it holds nothing but its hold, and its key may start another.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn void(sql: &Sql, id: &str) -> Result<(), SqlError> {
+    let statement = "UPDATE generation SET state = 'void', idempotency_key = NULL, message_id = '' WHERE id = ?";
+    sql.run(statement, vec![id.into()]).map(|_| ())
+}
+
 /// It never began: nothing of it remains.
 ///
 /// # Errors
@@ -183,9 +199,11 @@ pub fn forget(sql: &Sql, id: &str) -> Result<(), SqlError> {
 /// # Errors
 /// When SQLite refuses.
 pub fn append(sql: &Sql, id: &str, events: &[(u64, Event)]) -> Result<(), SqlError> {
-    let Some((first, _)) = events.first() else { return Ok(()) };
-    let values = vec![id.into(), int(*first), to_string(events)?.into()];
-    sql.run("INSERT INTO event_log VALUES (?, ?, ?)", values).map(|_| ())
+    for part in events.chunks(PART_EVENTS) {
+        let first = part.first().map_or(0, |(seq, _)| *seq);
+        sql.run("INSERT OR REPLACE INTO event_log VALUES (?, ?, ?)", vec![id.into(), int(first), to_string(part)?.into()])?;
+    }
+    Ok(())
 }
 
 /// The whole log, in order.

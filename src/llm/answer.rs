@@ -70,6 +70,12 @@ pub struct Answer {
 
 #[derive(Deserialize)]
 struct Chunk<'a> {
+    /// `error` in providers that put an error's fields at the top.
+    #[serde(borrow, default)]
+    object: Option<Cow<'a, str>>,
+    /// The code of such an error.
+    #[serde(borrow, default)]
+    code: Option<&'a RawValue>,
     #[serde(borrow, default)]
     choices: Option<Vec<Choice<'a>>>,
     #[serde(borrow, default)]
@@ -91,8 +97,9 @@ struct Choice<'a> {
 
 #[derive(Deserialize)]
 struct Delta<'a> {
+    /// A string, or a list of parts with text.
     #[serde(borrow, default)]
-    content: Option<Cow<'a, str>>,
+    content: Option<&'a RawValue>,
     #[serde(borrow, default)]
     reasoning_content: Option<Cow<'a, str>>,
     #[serde(borrow, default)]
@@ -161,8 +168,11 @@ impl Answer {
         if let Some(error) = chunk.error.filter(|error| error.get() != "null") {
             return Err(Broken::ProviderError(error_status(error)));
         }
+        if chunk.object.as_deref() == Some("error") {
+            return Err(Broken::ProviderError(chunk.code.and_then(|code| status(&serde_json::from_str(code.get()).ok()?))));
+        }
         for choice in chunk.choices.into_iter().flatten().filter(|choice| choice.index == 0) {
-            self.choice(choice, delta);
+            self.choice(choice, delta)?;
         }
         if let Some(usage) = chunk.usage.filter(|usage| usage.get() != "null") {
             match reported(usage) {
@@ -173,9 +183,9 @@ impl Answer {
         Ok(())
     }
 
-    fn choice(&mut self, choice: Choice<'_>, delta: &mut impl FnMut(&str)) {
+    fn choice(&mut self, choice: Choice<'_>, delta: &mut impl FnMut(&str)) -> Result<(), Broken> {
         if let Some(piece) = choice.delta {
-            if let Some(text) = piece.content.filter(|text| !text.is_empty()) {
+            if let Some(text) = piece.content.map(content).transpose()?.filter(|text| !text.is_empty()) {
                 let room = self.text_bytes_max.saturating_sub(self.text.len());
                 let mut fits = room.min(text.len());
                 while !text.is_char_boundary(fits) {
@@ -194,38 +204,77 @@ impl Answer {
             }
             if let Some(thought) = piece.reasoning_content.or(piece.reasoning).filter(|thought| !thought.is_empty()) {
                 self.deltas += 1;
-                if self.reasoning.len() + thought.len() <= TEXT_BYTES_MAX {
+                if self.reasoning.len() + thought.len() <= self.text_bytes_max {
                     self.reasoning.push_str(&thought);
+                } else {
+                    self.finish = Some("length".to_owned());
+                    self.done = true;
                 }
             }
         }
         if let Some(reason) = choice.finish_reason.filter(|reason| !reason.is_empty()) {
             self.finish.get_or_insert_with(|| reason.chars().take(32).collect());
         }
+        Ok(())
     }
 }
+
+/// A delta's text: a string, or the texts of its parts.
+fn content(raw: &RawValue) -> Result<Cow<'_, str>, Broken> {
+    #[derive(Deserialize)]
+    struct Part {
+        #[serde(default)]
+        text: Option<String>,
+    }
+    let unreadable = |_| Broken::Unreadable("content is neither text nor parts");
+    match raw.get().as_bytes().first() {
+        Some(b'"') => serde_json::from_str::<Text<'_>>(raw.get()).map(|text| text.0).map_err(unreadable),
+        Some(b'[') => {
+            let parts: Vec<Part> = serde_json::from_str(raw.get()).map_err(unreadable)?;
+            Ok(Cow::Owned(parts.into_iter().filter_map(|part| part.text).collect()))
+        }
+        Some(b'n') => Ok(Cow::Borrowed("")),
+        _ => Err(Broken::Unreadable("content is neither text nor parts")),
+    }
+}
+
+/// A JSON string, borrowed where nothing in it is escaped.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// The HTTP-like status of an error object: `code` or `status`, as a number or a string of digits.
 fn error_status(error: &RawValue) -> Option<u16> {
     let error: Value = serde_json::from_str(error.get()).ok()?;
-    let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
-    let status = ["code", "status"].iter().find_map(|key| number(error.get(key)?))?;
-    u16::try_from(status).ok().filter(|status| (400..600).contains(status))
+    ["code", "status"].iter().find_map(|key| status(error.get(key)?))
 }
 
-/// A usage object, if every number in it is a whole number of tokens that JavaScript could count.
+/// A number that is an HTTP error status, or a string of its digits.
+fn status(value: &Value) -> Option<u16> {
+    let number = value.as_u64().or_else(|| value.as_str()?.parse().ok())?;
+    u16::try_from(number).ok().filter(|status| (400..600).contains(status))
+}
+
+/// A usage object, if its totals are whole numbers of tokens that JavaScript could count. Details only explain totals:
+/// dialects differ in them, so they are made to fit and never disqualify a report.
 fn reported(usage: &RawValue) -> Option<Reported> {
     let usage: Value = serde_json::from_str(usage.get()).ok()?;
-    let whole = |value: &Value| value.as_u64().filter(|tokens| *tokens <= SAFE_INTEGER_MAX);
-    // An absent detail is zero; a present one must be a number too.
-    let detail = |group: &str, key: &str| match usage.get(group).and_then(|group| group.get(key)) {
-        None | Some(Value::Null) => Some(0),
-        Some(value) => whole(value),
-    };
-    let (input, output) = (whole(usage.get("prompt_tokens")?)?, whole(usage.get("completion_tokens")?)?);
-    let reasoning = detail("completion_tokens_details", "reasoning_tokens")?;
-    let cached = detail("prompt_tokens_details", "cached_tokens")?;
-    (reasoning <= output && cached <= input).then_some(Reported { input, output, reasoning, cached })
+    let detail = |group: &str, key: &str| usage.get(group).and_then(|group| tokens(group.get(key)?)).unwrap_or(0);
+    let (input, mut output) = (tokens(usage.get("prompt_tokens")?)?, tokens(usage.get("completion_tokens")?)?);
+    let reasoning = detail("completion_tokens_details", "reasoning_tokens");
+    // Some count reasoning apart from the completion; their total tells.
+    let total = usage.get("total_tokens").and_then(tokens);
+    if reasoning > 0 && total == input.checked_add(output).and_then(|sum| sum.checked_add(reasoning)) {
+        output += reasoning;
+    }
+    let cached = detail("prompt_tokens_details", "cached_tokens").min(input);
+    Some(Reported { input, output, reasoning: reasoning.min(output), cached })
+}
+
+/// A whole number of tokens, also one written as `50.0`.
+fn tokens(value: &Value) -> Option<u64> {
+    let whole =
+        |number: f64| (number.fract() == 0.0 && (0.0..=SAFE_INTEGER_MAX as f64).contains(&number)).then_some(number as u64);
+    value.as_u64().or_else(|| whole(value.as_f64()?)).filter(|tokens| *tokens <= SAFE_INTEGER_MAX)
 }
 
 #[cfg(test)]
@@ -299,6 +348,34 @@ mod tests {
     }
 
     #[test]
+    fn dialects_of_usage_are_understood() {
+        for (usage, input, output, reasoning, cached) in [
+            (r#"{"prompt_tokens":50.0,"completion_tokens":9}"#, 50, 9, 0, 0),
+            (
+                r#"{"prompt_tokens":50,"completion_tokens":9,"total_tokens":359,"completion_tokens_details":{"reasoning_tokens":300}}"#,
+                50,
+                309,
+                300,
+                0,
+            ),
+            (r#"{"prompt_tokens":50,"completion_tokens":9,"completion_tokens_details":{"reasoning_tokens":300}}"#, 50, 9, 9, 0),
+            (r#"{"prompt_tokens":50,"completion_tokens":9,"prompt_tokens_details":{"cached_tokens":64}}"#, 50, 9, 0, 50),
+        ] {
+            let (answer, _, _) = read(&format!("{}{FINISH}data: {{\"choices\":[],\"usage\":{usage}}}\n\n", delta("a")));
+            assert_eq!((answer.usage, answer.hostile), (Some(Reported { input, output, reasoning, cached }), false), "{usage}");
+        }
+    }
+
+    #[test]
+    fn parts_are_text_and_errors_at_the_top_are_errors() {
+        let parts = "data: {\"choices\":[{\"delta\":{\"content\":[{\"type\":\"text\",\"text\":\"甲\"},{\"type\":\"text\",\"text\":\"乙\"}]}}]}\n\n";
+        let (answer, _, result) = read(&format!("{parts}{FINISH}"));
+        assert_eq!((result, answer.text.as_str()), (Ok(()), "甲乙"));
+        let error = "data: {\"object\":\"error\",\"message\":\"x\",\"code\":500}\n\ndata: [DONE]\n\n";
+        assert_eq!(read(&format!("{}{error}", delta("a"))).2, Err(Broken::ProviderError(Some(500))));
+    }
+
+    #[test]
     fn hostile_usage_is_flagged_and_never_a_number() {
         for usage in [
             r#"{"prompt_tokens":-1,"completion_tokens":3}"#,
@@ -308,7 +385,6 @@ mod tests {
             r#"{"prompt_tokens":"12","completion_tokens":3}"#,
             r#"{"prompt_tokens":1.5,"completion_tokens":3}"#,
             r#"{"completion_tokens":3}"#,
-            r#"{"prompt_tokens":1,"completion_tokens":3,"completion_tokens_details":{"reasoning_tokens":4}}"#,
             r#"[1]"#,
             r#""12""#,
         ] {

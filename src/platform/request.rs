@@ -1,7 +1,7 @@
 //! A request on its way to a handler: who calls, with which id, and a body that is read under a cap.
 //!
 //! Invariant: a body over [`BODY_BYTES_MAX`] is refused by its declared length and again while reading; JSON deeper than
-//! serde_json's 128 levels, a repeated key's worth of bytes, bad UTF-8 and lone surrogates are refused by the parser; and
+//! serde_json's 128 levels, bad UTF-8 and lone surrogates are refused by the parser; and
 //! no body may name a role or another user (contract 5 row 41).
 
 use std::rc::Rc;
@@ -99,9 +99,7 @@ impl Ctx {
     /// # Errors
     /// 400/1001 naming the parameter.
     pub fn number(&self, name: &str, default: u64, range: std::ops::RangeInclusive<u64>) -> Result<u64, ApiError> {
-        let Some(text) = self.query.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str()) else {
-            return Ok(default);
-        };
+        let Some(text) = self.param(name) else { return Ok(default) };
         text.parse()
             .ok()
             .filter(|value| range.contains(value))
@@ -133,7 +131,9 @@ impl Ctx {
     pub async fn body_naming_users<T: DeserializeOwned>(&mut self) -> Result<Body<T>, ApiError> {
         let bytes = self.read().await?;
         let mut hash = Sha256::new();
-        hash.update(format!("{:?}\n{}\n", self.request.method(), self.request.path()));
+        // A streaming route and its whole twin are the same request: a client may fall back from one to the other.
+        let path = self.request.path();
+        hash.update(format!("{:?}\n{}\n", self.request.method(), path.strip_suffix("/stream").unwrap_or(&path)));
         hash.update(&bytes);
         let fingerprint = hex::encode(hash.finalize());
         let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };

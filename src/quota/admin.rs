@@ -41,6 +41,7 @@ impl Decision {
         *account.credit.entry(quota_type).or_default() += amount;
         account.updated_at = self.now_ms;
         self.change(Change::Account(account));
+        self.relevel(quota_type);
         let entry = self.line(format!("recharge:{order_id}"), quota_type, EntryKind::Recharge, amount, before, reason);
         let entry = Entry { request_id: order_id.to_owned(), ..entry };
         self.change(Change::Entry(entry.clone()));
@@ -74,6 +75,18 @@ impl Decision {
         }
         account.updated_at = self.now_ms;
         self.change(Change::Account(account));
+        QuotaType::ALL.into_iter().for_each(|quota_type| self.relevel(quota_type));
+    }
+
+    /// After the limit has moved: a threshold that no longer holds may be told again when it is next crossed.
+    fn relevel(&mut self, quota_type: QuotaType) {
+        let period = self.zone.period(quota_type, self.now_ms);
+        let limit = self.ledger.limit(quota_type);
+        let Some(window) = self.ledger.window(quota_type, &period).cloned() else { return };
+        let level = Level::of(limit, window.used).min(window.level);
+        if level != window.level {
+            self.change(Change::Window(Window { level, ..window }));
+        }
     }
 
     /// Counts a try of a code.

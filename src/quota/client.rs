@@ -117,12 +117,13 @@ impl LedgerClient {
         self.ask(command.clone()).await
     }
 
-    /// Keeps a hold for another `ttl_ms`.
+    /// Keeps a hold for another `ttl_ms`; false when it no longer stands.
     ///
     /// # Errors
     /// When the ledger cannot be reached.
-    pub async fn renew(&self, hold_id: &str, ttl_ms: i64) -> Result<(), ApiError> {
-        self.ask(Command::Renew { hold_id: hold_id.to_owned(), ttl_ms }).await.map(|_| ())
+    pub fn renew(&self, hold_id: &str, ttl_ms: i64) -> impl Future<Output = Result<bool, ApiError>> + use<> {
+        let sent = self.ask(Command::Renew { hold_id: hold_id.to_owned(), ttl_ms });
+        async move { Ok(matches!(sent.await?, Reply::Renewed { open: true })) }
     }
 
     /// The three quotas.
@@ -136,12 +137,19 @@ impl LedgerClient {
         }
     }
 
-    /// Binds an idempotency key to `target` for 24 h; answers the target it is bound to (this or an earlier one).
+    /// Binds an idempotency key to `target` for 24 h; answers the target it is bound to and whether an
+    /// earlier call bound it.
     ///
     /// # Errors
     /// 409/1006 when the key was used with another request.
-    pub async fn claim(&self, key: &str, fingerprint: &str, target: &str) -> Result<String, ApiError> {
-        self.bind(key, fingerprint, target, KEY_MS).await.map(|(target, _)| target)
+    pub async fn claim(&self, key: &str, fingerprint: &str, target: &str) -> Result<(String, bool), ApiError> {
+        self.bind(key, fingerprint, target, KEY_MS).await
+    }
+
+    /// Frees a key whose request was refused: it started nothing.
+    pub async fn unclaim(&self, key: &str, fingerprint: &str) {
+        let (key, fingerprint) = (key.to_owned(), fingerprint.to_owned());
+        let _ = self.ask(Command::Unclaim { key, fingerprint }).await;
     }
 
     async fn bind(&self, key: &str, fingerprint: &str, target: &str, ttl_ms: i64) -> Result<(String, bool), ApiError> {

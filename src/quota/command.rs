@@ -77,6 +77,13 @@ pub enum Command {
         /// How long the key is kept, ms.
         ttl_ms: i64,
     },
+    /// Frees a key that was bound by a request which was then refused.
+    Unclaim {
+        /// The key.
+        key: String,
+        /// What it was bound with.
+        fingerprint: String,
+    },
     /// Raises a limit for good. The same order again is the same recharge.
     Recharge {
         /// The platform's id for the payment, or the code's.

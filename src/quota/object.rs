@@ -28,8 +28,8 @@ use crate::platform::{call, clock, log};
 
 /// The alarm that sends what a killed instance left behind, ms after the movement.
 const BACKSTOP_MS: i64 = 30_000;
-/// Webhooks are looked at no more often than this, ms.
-const WEBHOOK_GRAIN_MS: i64 = 1_000;
+/// The alarm fires no sooner than this after it is set, ms.
+const ALARM_GRAIN_MS: i64 = 2_000;
 /// Most entries shown by an audit as still on their way.
 const AUDIT_WAITING: i64 = 10_000;
 /// A read that needs its own writes in D1 waits at most this for them, ms.
@@ -80,7 +80,7 @@ impl QuotaLedger {
         let now_ms = clock::now_ms();
         if call.command == Command::Flush {
             self.migrate().map_err(unavailable)?;
-            let _ = clock::within(FLUSH_MS, self.outbox.send()).await;
+            let _ = clock::within(FLUSH_MS, self.outbox.copy()).await;
             return Ok(Reply::Flushed { waiting: store::waiting(&self.sql).map_err(unavailable)? });
         }
         let moved = self.decide(call, &config, now_ms)?;
@@ -109,8 +109,14 @@ impl QuotaLedger {
             let claim = Claim { fingerprint: fingerprint.clone(), target: target.clone() };
             return self.claim(key, claim, now_ms, *ttl_ms).map_err(unavailable)?.map(Moved::nothing);
         }
+        if let Command::Unclaim { key, fingerprint } = &call.command {
+            store::unbind(&self.sql, key, fingerprint).map_err(unavailable)?;
+            return Ok(Moved::nothing(Reply::Released));
+        }
         let ledger = store::load(&self.sql, Some(&call.command), config.zone, now_ms).map_err(unavailable)?;
-        let mut decision = Decision::begin(ledger, call.caller.as_ref(), config.zone, now_ms);
+        // A settlement carries the token its generation began with: an old one, which must not set the role back.
+        let newest = matches!(call.command, Command::Reserve(_) | Command::Read);
+        let mut decision = Decision::begin(ledger, call.caller.as_ref().filter(|_| newest), config.zone, now_ms);
         let result = self.apply(&mut decision, &call.command, config, now_ms)?;
         let (ledger, changes) = decision.finish();
         let posted = changes.iter().any(|change| {
@@ -145,7 +151,9 @@ impl QuotaLedger {
                 decision.recharge(order_id, *amount, *quota_type, reason).and_then(|(entry, repeated)| {
                     let quota = quotas(decision).into_iter().find(|quota| quota.quota_type == *quota_type);
                     let quota = Box::new(quota.ok_or(Refusal::Unknown)?);
-                    decision.forgive_try();
+                    if order_id.starts_with("code:") {
+                        decision.forgive_try();
+                    }
                     Ok(Reply::Credited { entry: Box::new(entry), quota, repeated })
                 })
             }
@@ -164,7 +172,9 @@ impl QuotaLedger {
                     waiting: self.waiting_entries().map_err(unavailable)?,
                 })))
             }
-            Command::Read | Command::Claim { .. } | Command::Flush => Ok(Reply::Quotas { quotas: quotas(decision) }),
+            Command::Read | Command::Claim { .. } | Command::Unclaim { .. } | Command::Flush => {
+                Ok(Reply::Quotas { quotas: quotas(decision) })
+            }
         })
     }
 
@@ -182,6 +192,7 @@ impl QuotaLedger {
                 Err(ApiError::conflict("相同的幂等键或订单号已用于另一个请求，请换一个新的"))
             });
         }
+        store::forget_claims(&self.sql, now_ms)?;
         store::bind(&self.sql, key, &wanted, now_ms.saturating_add(ttl_ms))?;
         Ok(Ok(Reply::Claimed { target: wanted.target, existed: false }))
     }
@@ -211,9 +222,11 @@ impl QuotaLedger {
         let now_ms = clock::now_ms();
         let expiry = store::next_expiry(&self.sql).ok().flatten();
         let waiting = store::outbox(&self.sql, 1).is_ok_and(|rows| !rows.is_empty());
-        let webhook = store::next_webhook(&self.sql).ok().flatten().map(|at| at.max(now_ms + WEBHOOK_GRAIN_MS));
+        let webhook = store::next_webhook(&self.sql).ok().flatten();
         let wishes = [wanted, expiry, webhook, waiting.then_some(now_ms + BACKSTOP_MS)];
         let Some(at) = wishes.into_iter().flatten().min() else { return };
+        // An alarm that could not do its work (a bad configuration, say) must not fire again at once.
+        let at = at.max(now_ms + ALARM_GRAIN_MS);
         let armed = self.armed_at.get();
         if armed > now_ms && armed <= at {
             return;

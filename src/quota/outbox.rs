@@ -46,26 +46,31 @@ impl Outbox {
 
     /// Sends what waits. What D1 or the platform does not take stays for the alarm.
     pub async fn send(&self) {
-        if let Err(cause) = self.send_all().await {
-            log::error("outbox", "", &cause);
-        }
+        self.copy().await;
         if let Err(cause) = self.send_webhooks().await {
             log::error("webhook", "", &cause);
         }
     }
 
+    /// Copies what waits to D1.
+    pub async fn copy(&self) {
+        if let Err(cause) = self.copy_all().await {
+            log::error("outbox", "", &cause);
+        }
+    }
+
     async fn send_webhooks(&self) -> Result<(), SqlError> {
         let Ok(config) = Config::of(&self.env) else { return Ok(()) };
-        for (notice, attempts) in store::webhooks_due(&self.sql, clock::now_ms())? {
+        let now_ms = clock::now_ms();
+        for (notice, attempts) in store::webhooks_due(&self.sql, now_ms)? {
+            // Counted before it is tried: whoever looks next, meanwhile or after a kill, finds it taken.
+            store::webhook_tried(&self.sql, &notice.id, now_ms + webhook::wait_ms(attempts))?;
             let outcome = webhook::deliver(&config, &self.user_id, &notice).await;
             let told = match outcome {
                 webhook::Outcome::NotWanted => None,
                 webhook::Outcome::Delivered => Some("delivered"),
                 webhook::Outcome::Failed if attempts + 1 >= webhook::ATTEMPTS_MAX => Some("failed"),
-                webhook::Outcome::Failed => {
-                    store::webhook_failed(&self.sql, &notice.id, clock::now_ms() + webhook::wait_ms(attempts))?;
-                    continue;
-                }
+                webhook::Outcome::Failed => continue,
             };
             store::webhook_over(&self.sql, &notice.id)?;
             if let Some(state) = told
@@ -77,17 +82,21 @@ impl Outbox {
         Ok(())
     }
 
-    async fn send_all(&self) -> Result<(), worker::Error> {
+    async fn copy_all(&self) -> Result<(), worker::Error> {
         let broken = |cause: SqlError| worker::Error::RustError(cause.to_string());
         loop {
             let rows = store::outbox(&self.sql, projection::BATCH).map_err(broken)?;
             let Some(last) = rows.last().map(|row| row.seq) else { return Ok(()) };
             let (mut entries, mut notices): (Vec<Entry>, Vec<Notice>) = (Vec::new(), Vec::new());
             for row in &rows {
-                match store::parcel(row).map_err(broken)? {
-                    Parcel::Entry(entry) => entries.push(*entry),
-                    Parcel::Notice(notice) => notices.push(notice),
-                    Parcel::User => {}
+                match store::parcel(row) {
+                    Ok(Parcel::Entry(entry)) => entries.push(*entry),
+                    Ok(Parcel::Notice(notice)) => notices.push(notice),
+                    Ok(Parcel::User) => {}
+                    Err(cause) => {
+                        log::error("outbox_row", "", &cause);
+                        store::set_aside(&self.sql, row.seq).map_err(broken)?;
+                    }
                 }
             }
             let (quotas, now_ms) = (self.quotas().map_err(broken)?, clock::now_ms());

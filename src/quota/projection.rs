@@ -1,7 +1,8 @@
 //! The ledger's copy in D1: what lists and statistics read. Fed by the outbox, never asked for admission.
 //!
 //! Invariant: entries and notices are inserted by their ids and never changed, so that a batch may be sent any number of
-//! times; a user's line is only replaced by a newer one.
+//! times; a row that breaks any other rule fails its whole batch, which then waits, instead of vanishing. A user's line is
+//! only replaced by a newer one.
 
 use worker::{D1Database, D1PreparedStatement, Env, query};
 
@@ -11,7 +12,7 @@ use super::{QuotaState, QuotaType};
 /// Parcels per statement; they travel as one JSON parameter.
 pub const BATCH: i64 = 200;
 
-const INSERT_ENTRIES: &str = "INSERT OR IGNORE INTO quota_transactions
+const INSERT_ENTRIES: &str = "INSERT INTO quota_transactions
  (id, user_id, quota_type, period, type, amount, before_balance, after_balance, service, model, request_id, message_id, hold_id,
   input_tokens, output_tokens, reasoning_tokens, cached_tokens, estimated, hostile, cost_micro, price_version, written_off, reason,
   duration_ms, at)
@@ -20,10 +21,11 @@ const INSERT_ENTRIES: &str = "INSERT OR IGNORE INTO quota_transactions
   value ->> 'hold_id', value ->> '$.usage.input', value ->> '$.usage.output', value ->> '$.usage.reasoning',
   value ->> '$.usage.cached', value ->> '$.usage.estimated', value ->> '$.usage.hostile', value ->> 'cost_micro',
   value ->> 'price_version', value ->> 'written_off', value ->> 'reason', value ->> 'duration_ms', value ->> 'at'
- FROM json_each(?2)";
+ FROM json_each(?2) WHERE true ON CONFLICT (id) DO NOTHING";
 
-const INSERT_NOTICES: &str = "INSERT OR IGNORE INTO notifications (user_id, id, kind, payload, created_at)
- SELECT ?1, value ->> 'id', 'quota', json_set(value ->> 'crossing', '$.period', value ->> 'period'), value ->> 'at' FROM json_each(?2)";
+const INSERT_NOTICES: &str = "INSERT INTO notifications (user_id, id, kind, payload, created_at)
+ SELECT ?1, value ->> 'id', 'quota', json_set(value ->> 'crossing', '$.period', value ->> 'period'), value ->> 'at' FROM json_each(?2)
+ WHERE true ON CONFLICT (user_id, id) DO NOTHING";
 
 const UPSERT_USER: &str = "INSERT INTO quota_users
  (user_id, role, suspended, quotas, used_today, used_month, used_total, last_active_at, updated_at)
@@ -96,7 +98,7 @@ pub async fn webhook_state(env: &Env, user_id: &str, id: &str, state: &str) -> w
         .map(|_| ())
 }
 
-const CLOSE_PERIODS: &str = "INSERT OR IGNORE INTO quota_transactions
+const CLOSE_PERIODS: &str = "INSERT INTO quota_transactions
  (id, user_id, quota_type, period, type, amount, before_balance, after_balance, service, model, request_id, message_id, hold_id,
   input_tokens, output_tokens, reasoning_tokens, cached_tokens, estimated, hostile, cost_micro, price_version, written_off, reason,
   duration_ms, at)
@@ -107,7 +109,8 @@ const CLOSE_PERIODS: &str = "INSERT OR IGNORE INTO quota_transactions
  WHERE quota_type = ?1 AND period < ?2 AND reason <> 'period_closed'
   AND NOT EXISTS (SELECT 1 FROM quota_transactions c WHERE c.id = t.user_id || '/period:' || t.quota_type || ':' || t.period)
  GROUP BY user_id, period
- LIMIT 500";
+ LIMIT 500
+ ON CONFLICT (id) DO NOTHING";
 
 /// Writes the reset entries of every period of `quota_type` that ended before `period` began, each once; answers how many.
 ///

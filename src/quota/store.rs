@@ -13,15 +13,16 @@ use super::period::Zone;
 use super::{Command, QuotaType};
 use crate::platform::sql::{Sql, SqlError};
 
-const SCHEMA: [&str; 8] = [
+const SCHEMA: [&str; 9] = [
     "CREATE TABLE IF NOT EXISTS account (k INTEGER PRIMARY KEY CHECK (k = 0), doc TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS period (quota_type TEXT NOT NULL, period TEXT NOT NULL, doc TEXT NOT NULL, PRIMARY KEY (quota_type, period)) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS hold (id TEXT PRIMARY KEY, open INTEGER NOT NULL, expires_at INTEGER NOT NULL, doc TEXT NOT NULL) WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS hold_open ON hold (expires_at) WHERE open = 1",
-    "CREATE TABLE IF NOT EXISTS outbox (seq INTEGER PRIMARY KEY AUTOINCREMENT, doc TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS outbox (seq INTEGER PRIMARY KEY AUTOINCREMENT, doc TEXT NOT NULL, dead INTEGER NOT NULL DEFAULT 0)",
     "CREATE TABLE IF NOT EXISTS credit_order (id TEXT PRIMARY KEY, doc TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS webhook (id TEXT PRIMARY KEY, doc TEXT NOT NULL, attempts INTEGER NOT NULL, next_at INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS claim (key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, target TEXT NOT NULL, expires_at INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX IF NOT EXISTS claim_expiry ON claim (expires_at)",
 ];
 
 /// How long a closed hold is remembered after its expiry, so that a repeated settle finds its answer, ms.
@@ -146,7 +147,7 @@ fn post(sql: &Sql, parcel: &Parcel) -> Result<usize, SqlError> {
 /// # Errors
 /// When SQLite refuses.
 pub fn outbox(sql: &Sql, count: i64) -> Result<Vec<Waiting>, SqlError> {
-    sql.rows("SELECT seq, doc FROM outbox ORDER BY seq LIMIT ?", vec![count.into()])
+    sql.rows("SELECT seq, doc FROM outbox WHERE dead = 0 ORDER BY seq LIMIT ?", vec![count.into()])
 }
 
 /// Forgets parcels up to `seq`: they are in D1.
@@ -154,7 +155,7 @@ pub fn outbox(sql: &Sql, count: i64) -> Result<Vec<Waiting>, SqlError> {
 /// # Errors
 /// When SQLite refuses.
 pub fn outbox_sent(sql: &Sql, seq: i64) -> Result<(), SqlError> {
-    sql.run("DELETE FROM outbox WHERE seq <= ?", vec![seq.into()]).map(|_| ())
+    sql.run("DELETE FROM outbox WHERE seq <= ? AND dead = 0", vec![seq.into()]).map(|_| ())
 }
 
 /// When the next open hold expires, unix ms.
@@ -171,7 +172,23 @@ pub fn next_expiry(sql: &Sql) -> Result<Option<i64>, SqlError> {
 /// When SQLite refuses.
 pub fn prune(sql: &Sql, now_ms: i64) -> Result<(), SqlError> {
     sql.run("DELETE FROM hold WHERE open = 0 AND expires_at < ?", vec![(now_ms - CLOSED_HOLD_MS).into()])?;
+    forget_claims(sql, now_ms)
+}
+
+/// Forgets keys whose time is over.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn forget_claims(sql: &Sql, now_ms: i64) -> Result<(), SqlError> {
     sql.run("DELETE FROM claim WHERE expires_at < ?", vec![now_ms.into()]).map(|_| ())
+}
+
+/// Frees a key: the request it was bound by was refused.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn unbind(sql: &Sql, key: &str, fingerprint: &str) -> Result<(), SqlError> {
+    sql.run("DELETE FROM claim WHERE key = ? AND fingerprint = ?", vec![key.into(), fingerprint.into()]).map(|_| ())
 }
 
 /// The live claim of an idempotency key.
@@ -202,6 +219,14 @@ pub fn parcel(row: &Waiting) -> Result<Parcel, SqlError> {
     Ok(from_str(&row.doc)?)
 }
 
+/// Sets a parcel aside that cannot be read: kept for the operator, in nobody's way.
+///
+/// # Errors
+/// When SQLite refuses.
+pub fn set_aside(sql: &Sql, seq: i64) -> Result<(), SqlError> {
+    sql.run("UPDATE outbox SET dead = 1 WHERE seq = ?", vec![seq.into()]).map(|_| ())
+}
+
 /// How many parcels wait for D1.
 ///
 /// # Errors
@@ -211,7 +236,7 @@ pub fn waiting(sql: &Sql) -> Result<u64, SqlError> {
     struct Count {
         n: f64,
     }
-    Ok(sql.first::<Count>("SELECT count(*) AS n FROM outbox", vec![])?.map_or(0, |count| count.n as u64))
+    Ok(sql.first::<Count>("SELECT count(*) AS n FROM outbox WHERE dead = 0", vec![])?.map_or(0, |count| count.n as u64))
 }
 
 /// Notifications whose webhook is due, with how often it was tried.
@@ -237,11 +262,11 @@ pub fn next_webhook(sql: &Sql) -> Result<Option<i64>, SqlError> {
     Ok(sql.first::<Next>("SELECT min(next_at) AS at FROM webhook", vec![])?.and_then(|row| row.at))
 }
 
-/// A webhook failed: it is tried again at `next_at` (unix ms).
+/// A webhook is being tried; unless it gets through, it is tried again at `next_at` (unix ms).
 ///
 /// # Errors
 /// When SQLite refuses.
-pub fn webhook_failed(sql: &Sql, id: &str, next_at: i64) -> Result<(), SqlError> {
+pub fn webhook_tried(sql: &Sql, id: &str, next_at: i64) -> Result<(), SqlError> {
     sql.run("UPDATE webhook SET attempts = attempts + 1, next_at = ? WHERE id = ?", vec![next_at.into(), id.into()]).map(|_| ())
 }
 

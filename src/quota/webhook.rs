@@ -15,7 +15,7 @@ use crate::platform::{clock, ids};
 /// Tries before it is given up.
 pub const ATTEMPTS_MAX: u32 = 8;
 /// The first wait, ms; each further one is four times as long, up to an hour.
-const FIRST_WAIT_MS: i64 = 2_000;
+const FIRST_WAIT_MS: i64 = 6_000;
 const WAIT_MAX_MS: i64 = 3_600_000;
 /// The platform must answer within this, ms.
 const LIMIT_MS: u64 = 5_000;
