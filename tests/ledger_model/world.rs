@@ -270,7 +270,7 @@ impl World {
                 let amount = [1, 10, 500, 20_000, 1 << 40, 1 << 52, SAFE_INTEGER_MAX, 0][usize::try_from(order % 8).unwrap()];
                 let amount = if chance.one_in(8) { amount + 1 } else { amount };
                 let quota_type = if chance.one_in(8) { quota_type } else { QuotaType::ALL[usize::try_from(order % 3).unwrap()] };
-                let kind = if order % 2 == 0 { "code:" } else { "o" };
+                let kind = if order.is_multiple_of(2) { "code:" } else { "o" };
                 Command::Recharge { order_id: format!("{kind}{order}"), amount, quota_type, reason: "充值".to_owned() }
             }
             79..82 => govern(Governance::SetLimit { quota_type, tokens: chance.tokens(60_000) }),
