@@ -343,8 +343,13 @@ fn the_readmes_show_a_stream_as_it_is() {
         Event::Meta { model: "gpt-4".to_owned() },
         Event::Delta("他说：\"走\"\n".to_owned(), 1),
         Event::Delta("吧".to_owned(), 2),
-        Event::Quota(Crossing { quota_type: QuotaType::Daily, total_quota: 10, remaining_quota: 1, level: Level::Critical }),
-        Event::Done { finish: "stop".to_owned(), model: "gpt-4".to_owned(), usage },
+        Event::Quota(Box::new(Crossing {
+            quota_type: QuotaType::Daily,
+            total_quota: 10,
+            remaining_quota: 1,
+            level: Level::Critical,
+        })),
+        Event::Done { finish: "stop".to_owned(), model: "gpt-4".to_owned(), usage: Box::new(usage) },
     ];
     let (mut renderer, mut bytes) = (Renderer::new(Mode::Delta, ids), Vec::new());
     for (seq, event) in (1..).zip(&events) {
