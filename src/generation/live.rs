@@ -314,7 +314,7 @@ mod tests {
     use futures::{FutureExt, StreamExt};
 
     use super::*;
-    use crate::quota::{EndReason, Usage};
+    use crate::quota::EndReason;
 
     fn finished() -> Finished {
         let ending =
