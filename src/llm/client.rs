@@ -15,8 +15,8 @@ use crate::platform::log;
 
 /// Bytes that came within this long are handed over together, ms.
 const WINDOW_MS: f64 = 10.0;
-/// Reading pauses while this much waits, bytes.
-const WINDOW_BYTES_MAX: f64 = 262_144.0;
+/// Most bytes handed over at once.
+const WINDOW_BYTES_MAX: f64 = 65_536.0;
 
 #[wasm_bindgen(module = "/src/llm/window.js")]
 extern "C" {
