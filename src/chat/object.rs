@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use worker::wasm_bindgen;
 use worker::{DurableObject, Env, Request, Response, State, durable_object};
 
-use super::turns::{self, Desk};
+use super::turns::{self, Desk, WATCH_MS};
 use super::{Call, Command, Delivery, Incoming, Page, Patch, Session, Status, Turn, TurnKind, WholeAnswer, store, wire};
 use crate::config::Config;
 use crate::error::ApiError;
@@ -27,12 +27,10 @@ use crate::generation::engine::{Engine, Owner};
 use crate::generation::event::Mode;
 use crate::generation::live::{Live, StopWish};
 use crate::generation::store as generations;
-use crate::platform::sql::{Sql, SqlError};
+use crate::platform::sql::SqlError;
 use crate::platform::{call, clock, log, respond};
 use crate::quota::Estimate;
 
-/// While a generation runs, an alarm looks after it this often, ms: the longest a killed one stays unnoticed.
-const WATCH_MS: i64 = 30_000;
 /// A list entry that could not be written to D1 is tried again after this, ms.
 const REINDEX_MS: i64 = 5_000;
 /// A caller who stops a generation waits at most this long for its end, ms.
@@ -47,21 +45,18 @@ const INDEX_MS: u64 = 2_000;
 /// One chat session.
 #[durable_object]
 pub struct ChatSession {
-    state: Rc<State>,
     env: Env,
     engine: Rc<Engine>,
     desk: Rc<Desk>,
     ready: Cell<bool>,
-    /// When the alarm is set to, as far as this instance knows; 0: not known.
-    armed_at: Cell<i64>,
 }
 
 impl DurableObject for ChatSession {
     fn new(state: State, env: Env) -> Self {
         let state = Rc::new(state);
         let engine = Engine::new(state.clone(), env.clone());
-        let desk = Rc::new(Desk { sql: Sql::of(&state), env: env.clone(), state: state.clone() });
-        Self { state, env, engine, desk, ready: Cell::new(false), armed_at: Cell::new(0) }
+        let desk = Rc::new(Desk::new(state, env.clone()));
+        Self { env, engine, desk, ready: Cell::new(false) }
     }
 
     async fn fetch(&self, mut request: Request) -> worker::Result<Response> {
@@ -84,10 +79,10 @@ impl DurableObject for ChatSession {
     }
 
     async fn alarm(&self) -> worker::Result<Response> {
-        self.armed_at.set(0);
+        self.desk.alarm_fired();
         if let Err(cause) = self.look_after().await {
             log::error("session_alarm", "", &cause);
-            self.arm(REINDEX_MS).await;
+            self.desk.arm(REINDEX_MS).await;
         }
         Response::ok("")
     }
@@ -189,10 +184,10 @@ impl ChatSession {
 
     /// Refuses while a turn runs.
     fn idle(&self) -> Result<(), ApiError> {
-        match generations::running(&self.desk.sql)? {
+        match self.engine.busy() {
             None => Ok(()),
-            Some(row) => Err(ApiError::conflict("上一条回复还在生成，请等待完成或先停止")
-                .with_data("messageId", row.job.ids.message_id)
+            Some(live) => Err(ApiError::conflict("上一条回复还在生成，请等待完成或先停止")
+                .with_data("messageId", live.ids.message_id.clone())
                 .with_retry_after(2)),
         }
     }
@@ -209,10 +204,9 @@ impl ChatSession {
             None => {
                 self.idle()?;
                 let job = turns::prepare(&self.desk.sql, config, caller, session_id, turn, clock::now_ms())?;
-                (self.engine.start(self.desk.clone(), job, turn.key.as_ref(), config.hold_ttl_ms)?, true)
+                (self.engine.start(self.desk.clone(), job, turn.key.clone(), config.hold_ttl_ms), true)
             }
         };
-        self.arm(WATCH_MS).await;
         match turn.delivery {
             Delivery::Stream(mode) => {
                 live.primed().await?;
@@ -228,11 +222,17 @@ impl ChatSession {
         if store::session(&self.desk.sql)?.is_some_and(|(session, _)| session.status == Status::Deleted) {
             return Err(ApiError::not_found("会话"));
         }
-        let Some(row) = generations::of_key(&self.desk.sql, &key.key)? else { return Ok(None) };
-        if row.fingerprint.as_deref() != Some(key.fingerprint.as_str()) {
+        let live = self.engine.busy().filter(|live| live.key.as_ref().is_some_and(|known| known.key == key.key));
+        let row = if live.is_some() { None } else { generations::of_key(&self.desk.sql, &key.key)? };
+        let (fingerprint, live) = match (live, row) {
+            (Some(live), _) => (live.key.as_ref().map(|known| known.fingerprint.clone()), live),
+            (None, Some(row)) => (row.fingerprint.clone(), self.engine.attach(&row)?),
+            (None, None) => return Ok(None),
+        };
+        if fingerprint.as_deref() != Some(key.fingerprint.as_str()) {
             return Err(ApiError::conflict("相同的 Idempotency-Key 已用于另一个请求，请换一个新的键"));
         }
-        Ok(Some(self.engine.attach(&row)?))
+        Ok(Some(live))
     }
 
     /// Waits for the whole answer; who started it (`own`) ends it when the time is up.
@@ -272,12 +272,16 @@ impl ChatSession {
 
     async fn resume(&self, message_id: Option<&str>, after: u64, mode: Mode) -> Result<Answer, ApiError> {
         self.session()?;
-        let row = match message_id {
-            Some(id) => generations::of_message(&self.desk.sql, id)?,
-            None => generations::newest(&self.desk.sql)?,
+        let live = match self.engine.busy().filter(|live| message_id.is_none_or(|id| id == live.ids.message_id)) {
+            Some(live) => live,
+            None => {
+                let row = match message_id {
+                    Some(id) => generations::of_message(&self.desk.sql, id)?,
+                    None => generations::newest(&self.desk.sql)?,
+                };
+                self.engine.attach(&row.ok_or_else(|| ApiError::not_found("可续传的生成（只保留 24 小时）"))?)?
+            }
         };
-        let row = row.ok_or_else(|| ApiError::not_found("可续传的生成（只保留 24 小时）"))?;
-        let live = self.engine.attach(&row)?;
         live.primed().await?;
         Ok(Answer::Events(live, mode, after))
     }
@@ -295,8 +299,7 @@ impl ChatSession {
 
     /// Stops the running generation, if any, and waits a while for its end: its ids and why it ended.
     async fn stop_running(&self) -> Result<Option<(Ids, Option<String>)>, ApiError> {
-        let live = generations::running(&self.desk.sql)?.and_then(|row| self.engine.live(&row.job.ids.request_id));
-        let Some(live) = live else { return Ok(None) };
+        let Some(live) = self.engine.busy() else { return Ok(None) };
         live.wish_stop(StopWish::Author);
         let finished = clock::within(STOP_WAIT_MS, live.finished()).await;
         Ok(Some((live.ids.clone(), finished.and_then(Result::ok).map(|finished| finished.ending.finish_reason))))
@@ -329,9 +332,9 @@ impl ChatSession {
             Some(Ok(())) => {}
             Some(Err(cause)) => {
                 log::error("index", "", &cause);
-                self.arm(REINDEX_MS).await;
+                self.desk.arm(REINDEX_MS).await;
             }
-            None => self.arm(REINDEX_MS).await,
+            None => self.desk.arm(REINDEX_MS).await,
         }
     }
 
@@ -352,23 +355,9 @@ impl ChatSession {
             next_prune.map(|at| (at - now_ms).max(WATCH_MS)),
         ];
         if let Some(wait_ms) = wishes.into_iter().flatten().min() {
-            self.arm(wait_ms).await;
+            self.desk.arm(wait_ms).await;
         }
         Ok(())
-    }
-
-    /// Sets the alarm to `wait_ms` from now, unless it is set earlier already.
-    async fn arm(&self, wait_ms: i64) {
-        let (now_ms, armed) = (clock::now_ms(), self.armed_at.get());
-        if armed > now_ms && armed <= now_ms + wait_ms {
-            return;
-        }
-        self.armed_at.set(now_ms + wait_ms);
-        let wait = std::time::Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
-        if let Err(cause) = self.state.storage().set_alarm(wait).await {
-            self.armed_at.set(0);
-            log::error("session_arm", "", &cause);
-        }
     }
 }
 

@@ -4,7 +4,10 @@
 //! a refused turn leaves nothing behind; then question and empty answer are written together with the session.
 //! (Edge: rows of the object, bindings for the index.)
 
+use std::cell::Cell;
+use std::future::Future;
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures::future::LocalBoxFuture;
 use serde::{Deserialize, Serialize};
@@ -49,9 +52,13 @@ pub struct Desk {
     pub sql: Sql,
     /// Bindings.
     pub env: Env,
-    /// For work beside a request.
-    pub state: Rc<State>,
+    state: Rc<State>,
+    /// When the alarm is set to, as far as this instance knows; 0: not known.
+    armed_at: Cell<i64>,
 }
+
+/// While a generation runs, an alarm looks after it this often, ms: the longest a killed one stays unnoticed.
+pub const WATCH_MS: i64 = 30_000;
 
 fn broken(cause: SqlError) -> ApiError {
     log::error("session", "", &cause);
@@ -181,6 +188,33 @@ pub fn context_used(job: &Job) -> bool {
 }
 
 impl Desk {
+    /// The desk of `state`'s object.
+    #[must_use]
+    pub fn new(state: Rc<State>, env: Env) -> Self {
+        Self { sql: Sql::of(&state), env, state, armed_at: Cell::new(0) }
+    }
+
+    /// The alarm has fired: none is set now.
+    pub fn alarm_fired(&self) {
+        self.armed_at.set(0);
+    }
+
+    /// Sets the alarm to `wait_ms` from now, unless it is set earlier already.
+    pub fn arm(&self, wait_ms: i64) -> impl Future<Output = ()> + use<> {
+        let (now_ms, armed) = (clock::now_ms(), self.armed_at.get());
+        let needed = armed <= now_ms || armed > now_ms + wait_ms;
+        if needed {
+            self.armed_at.set(now_ms + wait_ms);
+        }
+        let storage = self.state.storage();
+        async move {
+            let wait = Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
+            if needed && let Err(cause) = storage.set_alarm(wait).await {
+                log::error("session_arm", "", &cause);
+            }
+        }
+    }
+
     /// Changes the session in one commit, with a new revision.
     ///
     /// # Errors
@@ -238,11 +272,11 @@ impl Desk {
 
 impl Owner for Desk {
     fn begun(&self, job: &Job) -> Result<(), SqlError> {
-        let (sql, job) = (self.sql.clone(), job.clone());
-        self.sql.transaction(move || Self::write_begun(&sql, &job))?;
+        Self::write_begun(&self.sql, job)?;
+        self.state.wait_until(self.arm(WATCH_MS));
         // A session made by this turn is listed while its first answer still runs.
         if let Ok(Some((_, 0))) = store::session(&self.sql) {
-            let desk = Self { sql: self.sql.clone(), env: self.env.clone(), state: self.state.clone() };
+            let desk = Self::new(self.state.clone(), self.env.clone());
             self.state.wait_until(async move {
                 if let Err(cause) = desk.index().await {
                     log::error("index", "", &cause);

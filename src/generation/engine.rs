@@ -1,7 +1,8 @@
 //! The engine: takes the hold, calls the provider, pumps its stream into log and message, settles, tells the end.
 //!
 //! It runs in the owning object's `wait_until`, never in a client's request: whoever watches may leave. Invariants:
-//! - nothing is called before the hold stands, and every way out resolves the hold;
+//! - nothing is called before the hold stands, and every way out resolves the hold (a kill before the provider has begun
+//!   leaves no row: that hold lapses);
 //! - a client's HTTP answer begins only after the provider's first event, so that its failures get a real status;
 //! - the log is durable at most a second behind what was sent, and complete before the end is told;
 //! - the text and how it ended are saved before the charge, the charge is made before the end is told; a kill anywhere
@@ -30,6 +31,8 @@ use crate::platform::{clock, log};
 use crate::quota::client::LedgerClient;
 use crate::quota::{Crossing, EndReason, Reserve, Usage};
 
+/// A hold's first term, ms: a kill before the provider has begun leaves no row that could free it, so it lapses soon.
+const FIRST_TERM_MS: i64 = 45_000;
 /// A refused caller waits at most this for the hold to be freed, ms.
 const RELEASE_MS: u64 = 500;
 /// The index in D1 may delay the end of a stream by at most this, ms.
@@ -98,28 +101,24 @@ impl Engine {
         Ok(Live::replay(row.job.ids.clone(), events, finished))
     }
 
-    /// Starts `job`: writes its row, then runs it whether or not anybody stays to watch.
-    ///
-    /// # Errors
-    /// When the row cannot be written; nothing runs then.
-    pub fn start(
-        self: &Rc<Self>,
-        owner: Rc<dyn Owner>,
-        job: Job,
-        key: Option<&IdempotencyKey>,
-        hold_ttl_ms: i64,
-    ) -> Result<Rc<Live>, SqlError> {
-        // Asked before the row is written, so that the ledger need not wait until that is durable; the provider does.
-        let hold = LedgerClient::of(&self.env, &job.caller).reserve(reservation(&job, hold_ttl_ms));
-        store::insert(&self.sql, &job, key, clock::now_ms())?;
-        let live = self.register(&job);
+    /// Starts `job`, which runs whether or not anybody stays to watch. Until the provider has begun it leaves no trace
+    /// but its hold: a kill before that undoes it, and the hold lapses.
+    pub fn start(self: &Rc<Self>, owner: Rc<dyn Owner>, job: Job, key: Option<IdempotencyKey>, hold_ttl_ms: i64) -> Rc<Live> {
+        let hold = LedgerClient::of(&self.env, &job.caller).reserve(reservation(&job, hold_ttl_ms.min(FIRST_TERM_MS)));
+        let live = self.register(&job, key);
         let (engine, shared) = (self.clone(), live.clone());
         self.state.wait_until(async move { engine.run(owner, job, shared, hold).await });
-        Ok(live)
+        live
     }
 
-    fn register(&self, job: &Job) -> Rc<Live> {
-        let live = Live::new(job.ids.clone());
+    /// The generation that this instance runs now, if any.
+    #[must_use]
+    pub fn busy(&self) -> Option<Rc<Live>> {
+        self.lives.borrow().values().next().cloned()
+    }
+
+    fn register(&self, job: &Job, key: Option<IdempotencyKey>) -> Rc<Live> {
+        let live = Live::new(job.ids.clone(), key);
         self.lives.borrow_mut().insert(job.ids.request_id.clone(), live.clone());
         live
     }
@@ -143,12 +142,6 @@ impl Engine {
                     self.settle_later(row.job, ending);
                     continue;
                 }
-                // Nobody saw anything of it: as if the provider had refused. Its key may start another.
-                ("starting" | "void", None) => {
-                    store::void(&self.sql, &id)?;
-                    self.release_later(row.job);
-                    continue;
-                }
                 (_, Some(ending)) => (ending, last + 1),
                 (_, None) => {
                     let ending = interrupted(estimate(&row.job, &text, &events));
@@ -156,7 +149,7 @@ impl Engine {
                     (ending, last + UNSTORED_IDS_MAX)
                 }
             };
-            let live = self.register(&row.job);
+            let live = self.register(&row.job, None);
             live.append(&events);
             let (engine, owner) = (self.clone(), owner.clone());
             self.state.wait_until(async move { engine.conclude(owner, row.job, live, text, ending, next_seq).await });
@@ -172,25 +165,6 @@ impl Engine {
                 log::error("settle_later", &job.ids.request_id, &cause);
             }
         });
-    }
-
-    /// Frees the hold of a generation that never began, and then forgets it.
-    fn release_later(self: &Rc<Self>, job: Job) {
-        let engine = self.clone();
-        self.state.wait_until(async move { engine.release_and_forget(&job).await });
-    }
-
-    async fn release_and_forget(&self, job: &Job) {
-        let id = &job.ids.request_id;
-        let released = LedgerClient::of(&self.env, &job.caller).release(&job.hold_id).await;
-        let forgotten = match released {
-            Ok(()) => store::forget(&self.sql, id).map_err(|cause| cause.to_string()),
-            // The row stays, and the owner's alarm tries again.
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(cause) = forgotten {
-            log::error("release", id, &cause);
-        }
     }
 
     /// One commit: the text and how it ended.
@@ -212,7 +186,7 @@ impl Engine {
     ) {
         let id = job.ids.request_id.clone();
         let primed = match self.prime(&job, &live, hold).await {
-            Ok(primed) => self.begin(&*owner, &job, &live).map(|()| primed).map_err(|cause| {
+            Ok(primed) => self.begin(&owner, &job, &live).map(|()| primed).map_err(|cause| {
                 log::error("begin", &id, &cause);
                 ApiError::internal()
             }),
@@ -221,23 +195,22 @@ impl Engine {
         match primed {
             Ok(primed) => self.pump(owner, job, live, primed).await,
             Err(error) => {
-                // The session is free for another turn, the key for another try. Where a hold may stand, the row stays
-                // until it is freed; where the ledger has refused one, nothing does.
-                let refused = [3010, 3011].contains(&error.code);
-                let cleared = if refused { store::forget(&self.sql, &id) } else { store::void(&self.sql, &id) };
-                if let Err(cause) = cleared {
-                    log::error("clear", &id, &cause);
-                }
                 self.lives.borrow_mut().remove(&id);
-                if refused {
+                if [3010, 3011].contains(&error.code) {
                     return live.refuse(error);
                 }
-                // Waited for a moment, so that a retry finds the tokens free, but not for a ledger that is away.
-                let mut release = Box::pin(self.release_and_forget(&job));
+                // The hold may stand. Its end is waited for a moment, so that a retry finds the tokens free, but not for
+                // a ledger that is away: what cannot be freed lapses.
+                let ledger = LedgerClient::of(&self.env, &job.caller);
+                let mut release = Box::pin(ledger.release(&job.hold_id));
                 let freed = clock::within(RELEASE_MS, release.as_mut()).await;
                 live.refuse(error);
-                if freed.is_none() {
-                    release.await;
+                let freed = match freed {
+                    Some(freed) => freed,
+                    None => release.await,
+                };
+                if let Err(cause) = freed {
+                    log::error("release", &id, &cause);
                 }
             }
         }
@@ -277,7 +250,7 @@ impl Engine {
     async fn holding<T>(&self, job: &Job, config: &Config, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {
-            match select(work.as_mut(), clock::sleep_ms(pump::renew_every_ms(config))).await {
+            match select(work.as_mut(), clock::sleep_ms(pump::renew_every_ms(config).min(pump::FIRST_RENEWAL_MS))).await {
                 Either::Left((done, _)) => return done,
                 Either::Right(_) => self.renew(job, config.hold_ttl_ms),
             }
@@ -298,11 +271,14 @@ impl Engine {
     }
 
     /// One commit: the messages are there, the generation runs.
-    fn begin(&self, owner: &dyn Owner, job: &Job, live: &Live) -> Result<(), SqlError> {
+    fn begin(&self, owner: &Rc<dyn Owner>, job: &Job, live: &Live) -> Result<(), SqlError> {
         let meta = [(1, Event::Meta { model: job.model.clone() })];
-        owner.begun(job)?;
-        store::begun(&self.sql, &job.ids.request_id)?;
-        store::append(&self.sql, &job.ids.request_id, &meta)?;
+        let (owner, sql, job, key, first) = (owner.clone(), self.sql.clone(), job.clone(), live.key.clone(), meta.clone());
+        self.sql.transaction(move || {
+            owner.begun(&job)?;
+            store::insert(&sql, &job, key.as_ref(), clock::now_ms())?;
+            store::append(&sql, &job.ids.request_id, &first)
+        })?;
         live.append(&meta);
         Ok(())
     }

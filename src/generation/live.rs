@@ -13,6 +13,7 @@ use std::task::{Context, Poll, Waker};
 use futures::Stream;
 
 use super::event::{Event, Mode, Renderer};
+use super::store::IdempotencyKey;
 use super::{Ending, Ids};
 use crate::error::ApiError;
 use crate::quota::Crossing;
@@ -83,20 +84,22 @@ fn remember(wakers: &mut Vec<Waker>, waker: &Waker) {
 pub struct Live {
     /// Its ids.
     pub ids: Ids,
+    /// The key that makes a repeated request this generation.
+    pub key: Option<IdempotencyKey>,
     inner: RefCell<Inner>,
 }
 
 impl Live {
     /// A generation that is about to start.
     #[must_use]
-    pub fn new(ids: Ids) -> Rc<Self> {
-        Rc::new(Self { ids, inner: Inner::new(Phase::Starting, Vec::new()) })
+    pub fn new(ids: Ids, key: Option<IdempotencyKey>) -> Rc<Self> {
+        Rc::new(Self { ids, key, inner: Inner::new(Phase::Starting, Vec::new()) })
     }
 
     /// A generation read back from its log: nothing more will come.
     #[must_use]
     pub fn replay(ids: Ids, events: Vec<(u64, Event)>, finished: Finished) -> Rc<Self> {
-        Rc::new(Self { ids, inner: Inner::new(Phase::Ended(Box::new(finished)), events) })
+        Rc::new(Self { ids, key: None, inner: Inner::new(Phase::Ended(Box::new(finished)), events) })
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Inner) -> T) -> T {
@@ -336,7 +339,7 @@ mod tests {
 
     #[test]
     fn readers_get_every_event_after_theirs_and_then_the_end() {
-        let live = Live::new(Ids::default());
+        let live = Live::new(Ids::default(), None);
         let mut first = live.stream(Mode::Delta, 0);
         let mut second = live.stream(Mode::Delta, 2);
         assert!(first.next().now_or_never().is_none());
@@ -351,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_beat_is_a_comment_between_events() {
-        let live = Live::new(Ids::default());
+        let live = Live::new(Ids::default(), None);
         live.append(&[delta(1)]);
         let mut reader = live.stream(Mode::Delta, 0);
         live.beat();
@@ -363,7 +366,7 @@ mod tests {
 
     #[test]
     fn an_error_is_told_and_then_breaks_the_stream() {
-        let live = Live::new(Ids::default());
+        let live = Live::new(Ids::default(), None);
         live.append(&[delta(1), (9, Event::error(&ApiError::provider_timeout()))]);
         live.end(finished());
         let mut reader = live.stream(Mode::Delta, 0);
@@ -381,7 +384,7 @@ mod tests {
 
     #[test]
     fn waiting_callers_see_the_phase() {
-        let live = Live::new(Ids::default());
+        let live = Live::new(Ids::default(), None);
         assert!(live.primed().now_or_never().is_none());
         live.wish_stop(StopWish::Time);
         live.wish_stop(StopWish::Author);
@@ -391,7 +394,7 @@ mod tests {
         assert!(live.finished().now_or_never().is_none());
         live.end(finished());
         assert_eq!(live.finished().now_or_never(), Some(Ok(finished())));
-        let refused = Live::new(Ids::default());
+        let refused = Live::new(Ids::default(), None);
         refused.refuse(ApiError::provider_unavailable());
         assert_eq!(refused.primed().now_or_never(), Some(Err(ApiError::provider_unavailable())));
     }

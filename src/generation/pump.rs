@@ -23,6 +23,8 @@ const TICK_MS: u64 = 200;
 const FLUSH_MS: i64 = 800;
 /// A running generation renews its hold this often, ms.
 const RENEW_MS: i64 = 60_000;
+/// The first renewal, ms after the start at the latest.
+pub const FIRST_RENEWAL_MS: u64 = 15_000;
 /// After the provider's `finish_reason`, usage and `[DONE]` may take this long, ms.
 const TAIL_MS: i64 = 5_000;
 
@@ -78,7 +80,9 @@ pub struct Pump<'a> {
     flushed_at: i64,
     heard_at: i64,
     beat_at: i64,
-    renewed_at: i64,
+    /// When the hold was renewed; the first time comes sooner, because its first term is short.
+    renewed_at: Option<i64>,
+    started_at: i64,
     finish_at: Option<i64>,
 }
 
@@ -98,7 +102,8 @@ impl<'a> Pump<'a> {
             flushed_at: now,
             heard_at: now,
             beat_at: now,
-            renewed_at: now,
+            renewed_at: None,
+            started_at: now,
             finish_at: None,
         }
     }
@@ -210,8 +215,12 @@ impl<'a> Pump<'a> {
             self.beat_at = now;
             self.live.beat();
         }
-        if u64::try_from(now - self.renewed_at).unwrap_or(0) >= renew_every_ms(config) {
-            self.renewed_at = now;
+        let due = match self.renewed_at {
+            Some(at) => at.saturating_add_unsigned(renew_every_ms(config)),
+            None => self.started_at.saturating_add_unsigned(renew_every_ms(config).min(FIRST_RENEWAL_MS)),
+        };
+        if now >= due {
+            self.renewed_at = Some(now);
             self.engine.renew(self.job, config.hold_ttl_ms);
         }
         if self.finish_at.is_some_and(|at| now - at >= TAIL_MS.min(config.stream_idle_ms)) {

@@ -1,10 +1,9 @@
 //! A generation's rows in the object that owns it: what it is, where it stands, its event log.
 //!
-//! Invariant: a row exists before the provider is called and says what a later instance must do about it:
-//! `starting` without a living pump never began and becomes `void`, which still has its hold to free; `running` without one
-//! was interrupted; `settling` has its ending written but not charged or told;
-//! `unsettled` is told but not charged; `done` is both. Rows and logs are kept 24 h after the end, for resumes and
-//! repeated keys.
+//! Invariant: a row exists from the provider's first event on, in the same commit as its messages, and says what a later
+//! instance must do about it: `running` without a living pump was interrupted; `settling` has its ending written but not
+//! charged or told; `unsettled` is told but not charged; `done` is both. Rows and logs are kept 24 h after the end, for
+//! resumes and repeated keys.
 
 use serde::Deserialize;
 use serde_json::{from_str, to_string};
@@ -88,13 +87,13 @@ fn find(sql: &Sql, condition: &str, value: &str) -> Result<Option<Row>, SqlError
     sql.first::<Raw>(&format!("{COLUMNS} WHERE {condition} ORDER BY seq DESC LIMIT 1"), vec![value.into()])?.map(row).transpose()
 }
 
-/// Writes a new generation: `starting`.
+/// Writes a generation that has begun: `running`.
 ///
 /// # Errors
 /// When SQLite refuses.
 pub fn insert(sql: &Sql, job: &Job, key: Option<&IdempotencyKey>, now_ms: i64) -> Result<(), SqlError> {
     sql.run(
-        "INSERT INTO generation (id, message_id, state, idempotency_key, fingerprint, doc, created_at) VALUES (?, ?, 'starting', ?, ?, ?, ?)",
+        "INSERT INTO generation (id, message_id, state, idempotency_key, fingerprint, doc, created_at) VALUES (?, ?, 'running', ?, ?, ?, ?)",
         vec![
             job.ids.request_id.as_str().into(),
             job.ids.message_id.as_str().into(),
@@ -107,18 +106,10 @@ pub fn insert(sql: &Sql, job: &Job, key: Option<&IdempotencyKey>, now_ms: i64) -
     .map(|_| ())
 }
 
-/// The generation that is running, if any.
-///
-/// # Errors
-/// When SQLite refuses or a row is unreadable.
-pub fn running(sql: &Sql) -> Result<Option<Row>, SqlError> {
-    find(sql, "state <> 'done' AND state NOT IN ('unsettled', 'void') AND ?1 = ''", "")
-}
-
 /// Every generation that still needs something done.
 ///
 /// # Errors
-/// As [`running`].
+/// As [`newest`].
 pub fn unfinished(sql: &Sql) -> Result<Vec<Row>, SqlError> {
     let rows = sql.rows::<Raw>(&format!("{COLUMNS} WHERE state <> 'done'"), vec![])?;
     // A row that cannot be read (a newer version's, say) must not keep the others from being taken up.
@@ -129,7 +120,7 @@ pub fn unfinished(sql: &Sql) -> Result<Vec<Row>, SqlError> {
 /// The newest generation of a message.
 ///
 /// # Errors
-/// As [`running`].
+/// As [`newest`].
 pub fn of_message(sql: &Sql, message_id: &str) -> Result<Option<Row>, SqlError> {
     find(sql, "message_id = ?", message_id)
 }
@@ -137,25 +128,17 @@ pub fn of_message(sql: &Sql, message_id: &str) -> Result<Option<Row>, SqlError> 
 /// The newest generation.
 ///
 /// # Errors
-/// As [`running`].
+/// When SQLite refuses or a row is unreadable.
 pub fn newest(sql: &Sql) -> Result<Option<Row>, SqlError> {
-    find(sql, "state <> 'void' AND ?1 = ''", "")
+    find(sql, "?1 = ''", "")
 }
 
 /// The generation a key started.
 ///
 /// # Errors
-/// As [`running`].
+/// As [`newest`].
 pub fn of_key(sql: &Sql, key: &str) -> Result<Option<Row>, SqlError> {
     find(sql, "idempotency_key = ?", key)
-}
-
-/// The provider has begun.
-///
-/// # Errors
-/// When SQLite refuses.
-pub fn begun(sql: &Sql, id: &str) -> Result<(), SqlError> {
-    sql.run("UPDATE generation SET state = 'running' WHERE id = ?", vec![id.into()]).map(|_| ())
 }
 
 /// It has ended: how is written, the charge not yet made.
@@ -175,23 +158,6 @@ pub fn told(sql: &Sql, id: &str, charged: Option<u64>) -> Result<(), SqlError> {
     let state = if charged.is_some() { "done" } else { "unsettled" };
     let values = vec![state.into(), int(charged.unwrap_or(0)), id.into()];
     sql.run("UPDATE generation SET state = ?, charged = ? WHERE id = ?", values).map(|_| ())
-}
-
-/// It never began: it holds nothing but its hold, and its key may start another.
-///
-/// # Errors
-/// When SQLite refuses.
-pub fn void(sql: &Sql, id: &str) -> Result<(), SqlError> {
-    let statement = "UPDATE generation SET state = 'void', idempotency_key = NULL, message_id = '' WHERE id = ?";
-    sql.run(statement, vec![id.into()]).map(|_| ())
-}
-
-/// It never began: nothing of it remains.
-///
-/// # Errors
-/// When SQLite refuses.
-pub fn forget(sql: &Sql, id: &str) -> Result<(), SqlError> {
-    sql.run("DELETE FROM generation WHERE id = ?", vec![id.into()]).map(|_| ())
 }
 
 /// Appends events to the log.
