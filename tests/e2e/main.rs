@@ -12,17 +12,23 @@
 
 mod access;
 mod chat;
+mod codes;
 mod dialects;
 mod edges;
 mod faults;
+mod governance;
 mod http;
 mod idempotency;
 mod kill;
 mod model;
 mod quota;
+mod recharge;
+mod reports;
 mod resume;
 mod sessions;
+mod signed;
 mod stop;
 mod support;
+mod thresholds;
 mod tokens;
 mod tree;

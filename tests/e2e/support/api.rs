@@ -4,9 +4,10 @@
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use super::client::{Request, User};
+use super::client::{Answer, Request, User};
+use super::reply::Reply;
 use super::sse::EventStream;
-use super::{PATIENCE, wait_until};
+use super::{PATIENCE, provider, wait_until};
 
 /// One quota type as `GET /ai/quota` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,35 @@ impl User {
             let newest = self.messages(session).await.pop()?;
             (newest["role"] == "assistant" && newest["status"] != "streaming").then_some(newest)
         })
+    }
+
+    /// Has an answer of `model` for which the provider reports this usage (prompt, completion).
+    pub async fn spend(&self, model: &str, usage: (u64, u64)) -> Value {
+        let script = provider().script(Reply::happy(&["花"], usage));
+        self.ask(json!({"message": script.message("花"), "options": {"model": model, "maxTokens": usage.1.max(1)}})).await
+    }
+
+    /// Recharges a user's `total` limit, as an administrator.
+    pub async fn recharge(&self, user: &User, amount: u64, order: &str) -> Answer {
+        let body = json!({"userId": user.id, "amount": amount, "orderId": order});
+        self.post("/ai/quota/recharge", &body).await
+    }
+
+    /// Sets a user's limit, as an administrator.
+    pub async fn set_limit(&self, user: &User, kind: &str, tokens: u64) {
+        let body = json!({"totalQuota": tokens, "quotaType": kind});
+        self.put(&format!("/admin/quota/{}", user.id), &body).await.ok();
+    }
+
+    /// Does something to a user that needs no words: `suspend`, `activate`, `reset`, `initialize`.
+    pub async fn govern(&self, user: &User, act: &str) -> Value {
+        self.post(&format!("/admin/quota/{}/{act}", user.id), &json!({})).await.ok()
+    }
+
+    /// Transactions by this query, newest first.
+    pub async fn transactions(&self, query: &str) -> Vec<Value> {
+        let rows = self.get(&format!("/ai/quota/transactions?{query}")).await.ok();
+        rows.as_array().expect("an array").clone()
     }
 
     /// One quota type.

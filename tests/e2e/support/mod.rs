@@ -4,10 +4,13 @@
 pub mod api;
 pub mod client;
 pub mod keeper;
+pub mod outside;
 pub mod provider;
 pub mod reply;
+pub mod service;
 pub mod sse;
 pub mod token;
+pub mod webhook;
 pub mod worker;
 
 use std::future::Future;
@@ -15,6 +18,7 @@ use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use provider::Provider;
+use webhook::Webhook;
 
 /// How long anything may take that has no bound of its own: the machine is small, shared and noisy.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,11 +39,18 @@ pub fn run(test: impl Future<Output = ()>) {
 /// The provider that all Workers of this process are pointed at.
 pub fn provider() -> &'static Provider {
     static PROVIDER: OnceLock<Provider> = OnceLock::new();
-    PROVIDER.get_or_init(|| {
-        // `block_on` may not be nested and tests call this from inside it, hence the thread.
-        let starting = std::thread::spawn(|| RUNTIME.block_on(Provider::start()));
-        starting.join().expect("the provider starts")
-    })
+    PROVIDER.get_or_init(|| start(Provider::start()))
+}
+
+/// Where all Workers of this process send their notifications.
+pub fn webhook() -> &'static Webhook {
+    static WEBHOOK: OnceLock<Webhook> = OnceLock::new();
+    WEBHOOK.get_or_init(|| start(Webhook::start()))
+}
+
+/// Starts a server on the shared runtime. `block_on` may not be nested and tests call this from inside it, hence the thread.
+fn start<S: Send>(server: impl Future<Output = S> + Send) -> S {
+    std::thread::scope(|scope| scope.spawn(|| RUNTIME.block_on(server)).join().expect("the server starts"))
 }
 
 /// Awaits `what`, failing the test with its name after `limit`.

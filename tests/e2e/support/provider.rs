@@ -141,7 +141,7 @@ async fn serve(socket: TcpStream, scripts: Arc<Scripts>) {
     // Each write must leave as it is: a fault of timing is lost in a gathered segment.
     let _ = socket.set_nodelay(true);
     let (mut from_client, mut to_client) = socket.into_split();
-    let Some(request) = Request::read(&mut from_client).await else { return };
+    let Some(request) = Inquiry::read(&mut from_client).await else { return };
     if request.line != "POST /v1/chat/completions HTTP/1.1" {
         let _ = to_client.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
         return;
@@ -218,14 +218,17 @@ async fn gone(from_client: &mut OwnedReadHalf) {
 }
 
 /// A request's head and body, read by hand for the same reason that answers are written so.
-struct Request {
-    line: String,
-    headers: HashMap<String, String>,
-    body: Vec<u8>,
+pub(super) struct Inquiry {
+    /// Its first line.
+    pub(super) line: String,
+    /// Header names in lower case.
+    pub(super) headers: HashMap<String, String>,
+    /// The body's bytes.
+    pub(super) body: Vec<u8>,
 }
 
-impl Request {
-    async fn read(from_client: &mut OwnedReadHalf) -> Option<Self> {
+impl Inquiry {
+    pub(super) async fn read(from_client: &mut OwnedReadHalf) -> Option<Self> {
         let mut input = Vec::new();
         let head_end = loop {
             if let Some(at) = find(&input, b"\r\n\r\n") {
@@ -281,7 +284,7 @@ fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
     haystack.windows(needle.len()).position(|window| window == needle)
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 

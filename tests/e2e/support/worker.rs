@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::client::User;
 use super::keeper::Keeper;
-use super::{PATIENCE, provider, token, wait_until, within};
+use super::{PATIENCE, provider, service, token, wait_until, webhook, within};
 
 /// How long `wrangler dev` may take until it serves.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -106,15 +106,9 @@ impl Worker {
         User::new(&self.origin, role)
     }
 
-    /// What D1 answers to a query, as rows. Starts a wrangler of its own over the same files: slow, so ask for little.
-    pub async fn d1(&self, query: &str) -> Vec<Value> {
-        let mut reading = tokio::process::Command::from(wrangler(&self.folder));
-        reading.args(["d1", "execute", "DB", "--local", "--json", "--persist-to"]).arg(self.folder.join("state"));
-        let output = reading.args(["--command", query]).stdin(Stdio::null()).kill_on_drop(true).output();
-        let output = within(PATIENCE, "D1's answer", output).await.expect("wrangler runs");
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        let answer: Value = serde_json::from_str(&printed).unwrap_or_else(|error| panic!("{error} in {printed:?}"));
-        answer[0]["results"].as_array().unwrap_or_else(|| panic!("rows in {printed}")).clone()
+    /// Where `--persist-to` keeps what it keeps: folders `d1` and `do`.
+    pub fn state(&self) -> PathBuf {
+        self.folder.join("state/v3")
     }
 
     /// Everything wrangler and the Worker have printed.
@@ -199,6 +193,8 @@ fn variables(changes: &[(&str, &str)]) -> Vec<(String, String)> {
         ("HEARTBEAT_MS", "15000".to_owned()),
         ("HOLD_TTL_S", "600".to_owned()),
         ("RATE_LIMITS", rates.to_string()),
+        ("SERVICE_KEYS", service::keys().to_string()),
+        ("NOTIFY_WEBHOOK_URL", webhook().url.clone()),
     ];
     let mut variables: Vec<_> = usual.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     for (name, value) in changes {
