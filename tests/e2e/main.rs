@@ -21,6 +21,8 @@ mod http;
 mod idempotency;
 mod kill;
 mod model;
+mod outages;
+mod policy;
 mod quota;
 mod recharge;
 mod reports;

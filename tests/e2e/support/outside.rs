@@ -35,9 +35,19 @@ impl Worker {
         execute(&self.state().join("d1/miniflare-D1DatabaseObject"), "", &[statement]).await
     }
 
+    /// The same for several statements, of which the last one's rows are answered.
+    pub async fn d1_all(&self, statements: &[&str]) -> Vec<Value> {
+        execute(&self.state().join("d1/miniflare-D1DatabaseObject"), "", statements).await
+    }
+
     /// What the database of a user's ledger answers to a statement.
     pub async fn ledger(&self, user: &str, statement: &str) -> Vec<Value> {
         execute(&self.state().join("do/inkstone-QuotaLedger"), user, &[statement]).await
+    }
+
+    /// What the database of a user's session answers to a statement.
+    pub async fn session(&self, user: &str, session: &str, statement: &str) -> Vec<Value> {
+        execute(&self.state().join("do/inkstone-ChatSession"), &format!("{user}/{session}"), &[statement]).await
     }
 }
 

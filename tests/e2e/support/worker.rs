@@ -62,6 +62,12 @@ impl Worker {
         IMPATIENT.get_or_init(|| Self::start(&[("STREAM_IDLE_MS", "3000"), ("HEARTBEAT_MS", "1000")])).await
     }
 
+    /// A Worker whose holds lapse after five seconds unless they are renewed, and whose day begins earliest on earth.
+    pub async fn hasty() -> &'static Self {
+        static HASTY: OnceCell<Worker> = OnceCell::const_new();
+        HASTY.get_or_init(|| Self::start(&[("HOLD_TTL_S", "5"), ("QUOTA_UTC_OFFSET", "+14:00")])).await
+    }
+
     /// A Worker whose provider refuses connections and whose tokens must name issuer and audience.
     pub async fn strict() -> &'static Self {
         static STRICT: OnceCell<Worker> = OnceCell::const_new();
