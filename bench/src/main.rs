@@ -4,9 +4,9 @@
 //! round, and the median over the rounds is what counts. Every answer is checked to be whole; one that is not ends it all.
 //!
 //! Called by bench/run, which starts what is measured:
-//! `--provider PORT`, `--system NAME=KIND=HOST:PORT/PATH` (once per system; the second is what the others are compared
-//! with), `--tokens FILE` (one user a line), `--sessions SIZE=ID` (of the last user), `--rounds N`, `--report FILE`,
-//! `--fact LINE`.
+//! `--gap MICROSECONDS` (between the provider's chunks), `--provider PORT`, `--system NAME=KIND=GROUP=HOST:PORT/PATH`
+//! (once per system, GROUP being its processes or 0; the second is what the others are compared with), `--tokens FILE`
+//! (one user a line), `--sessions SIZE=ID` (of the last user), `--rounds N`, `--report FILE`, `--fact LINE`.
 
 #![allow(clippy::disallowed_methods, reason = "the root's clippy.toml forbids Instant::now for WASM's sake")]
 
@@ -44,6 +44,8 @@ enum Kind {
 struct System {
     name: String,
     kind: Kind,
+    /// Its process group: what it costs.
+    group: String,
     host: String,
     path: String,
     /// The sessions of the virtual clients, where they stay in theirs.
@@ -53,7 +55,8 @@ struct System {
 impl System {
     fn parse(text: &str) -> Option<Self> {
         let (name, rest) = text.split_once('=')?;
-        let (kind, url) = rest.split_once('=')?;
+        let (kind, rest) = rest.split_once('=')?;
+        let (group, url) = rest.split_once('=')?;
         let (host, path) = url.split_once('/')?;
         let kind = match kind {
             "plain" => Kind::Plain,
@@ -62,7 +65,19 @@ impl System {
             _ => return None,
         };
         let path = format!("/{path}");
-        Some(Self { name: name.to_owned(), kind, host: host.to_owned(), path, sessions: Mutex::default() })
+        let (name, group) = (name.to_owned(), group.to_owned());
+        Some(Self { name, kind, group, host: host.to_owned(), path, sessions: Mutex::default() })
+    }
+
+    /// Processor time its processes have used so far, ms; `None` where there is no /proc.
+    fn cpu(&self) -> Option<f64> {
+        let stats = std::fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| {
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            // After the name in parentheses: state, parent, group, …, user and system time in hundredths of a second.
+            let fields: Vec<String> = stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned).collect();
+            (fields[2] == self.group).then(|| Some(fields[11].parse::<f64>().ok()? + fields[12].parse::<f64>().ok()?))?
+        });
+        Some(stats.sum::<f64>() * 10.0)
     }
 }
 
@@ -70,6 +85,8 @@ impl System {
 #[derive(Default)]
 struct Cell {
     rate: f64,
+    /// Processor time for one answer, ms; not a number where it is not known.
+    cpu: f64,
     first: Vec<f64>,
     total: Vec<f64>,
 }
@@ -97,13 +114,17 @@ fn main() {
 }
 
 fn options() -> Result<Options, String> {
+    let mut gap = Duration::ZERO;
     let mut options =
         Options { systems: vec![], tokens: vec![], sessions: vec![], rounds: 5, report: String::new(), facts: vec![] };
     let mut arguments = std::env::args().skip(1);
     while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
         let wrong = || format!("{name} {value}?");
         match name.as_str() {
-            "--provider" => provider::start(value.parse().map_err(|_| wrong())?).map_err(|e| format!("provider: {e}"))?,
+            "--gap" => gap = Duration::from_micros(value.parse().map_err(|_| wrong())?),
+            "--provider" => {
+                provider::start(value.parse().map_err(|_| wrong())?, gap).map_err(|e| format!("provider: {e}"))?;
+            }
             "--system" => options.systems.push(System::parse(&value).ok_or_else(wrong)?),
             "--tokens" => {
                 let text = std::fs::read_to_string(&value).map_err(|e| format!("{value}: {e}"))?;
@@ -151,7 +172,7 @@ fn run(system: &System, options: &Options, clients: usize, time: Duration) -> Re
         let known = sessions.len();
         sessions.resize(clients.max(known), None);
     }
-    let begun = Instant::now();
+    let (begun, cpu) = (Instant::now(), system.cpu());
     let answers = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..clients)
             .map(|at| {
@@ -172,8 +193,9 @@ fn run(system: &System, options: &Options, clients: usize, time: Duration) -> Re
     });
     let answers: Vec<_> = answers.map_err(|why| format!("{}: {why}", system.name))?.concat();
     let rate = answers.len() as f64 / begun.elapsed().as_secs_f64();
+    let cpu = system.cpu().zip(cpu).map_or(f64::NAN, |(after, before)| (after - before) / answers.len() as f64);
     let (first, total) = answers.into_iter().unzip();
-    Ok(Cell { rate, first, total })
+    Ok(Cell { rate, cpu, first, total })
 }
 
 /// One request, its answer checked to be whole; for a client that stays in its session, that session's id.
@@ -206,11 +228,12 @@ fn growth(options: &Options) -> Result<Vec<Cell>, String> {
     let mut cells: Vec<Cell> = options.sessions.iter().map(|_| Cell::default()).collect();
     let Some(inkstone) = options.systems.iter().find(|system| system.kind == Kind::Existing) else { return Ok(cells) };
     let system = System {
+        sessions: Mutex::default(),
         name: "growth".to_owned(),
+        group: String::new(),
         path: CHAT.to_owned(),
         host: inkstone.host.clone(),
         kind: Kind::Existing,
-        sessions: Mutex::default(),
     };
     let (mut client, token) = (Client::new(&system.host), options.tokens.last().ok_or("no tokens")?);
     eprintln!("bench: next turns in long sessions");
@@ -233,8 +256,8 @@ fn report(options: &Options, cells: &[Vec<Vec<Cell>>], growth: &[Cell]) -> Strin
     for fact in &options.facts {
         text += &format!("- {fact}\n");
     }
-    text += "\n| clients | system | requests/s | × relay | first event p50, ms | p99, ms | − relay's p50, ms | whole answer p50, ms | answers |\n";
-    text += "|--:|:--|--:|--:|--:|--:|--:|--:|--:|\n";
+    text += "\n| clients | system | requests/s | × relay | first event p50, ms | p99, ms | − relay's p50, ms | whole answer p50, ms | CPU an answer, ms | answers |\n";
+    text += "|--:|:--|--:|--:|--:|--:|--:|--:|--:|--:|\n";
     let mut goals = String::new();
     for ((clients, _), row) in LEVELS.iter().zip(cells) {
         let relay = &row[1];
@@ -242,10 +265,11 @@ fn report(options: &Options, cells: &[Vec<Vec<Cell>>], growth: &[Cell]) -> Strin
             let rate = median(rounds.iter().map(|cell| cell.rate));
             let ratio = median(rounds.iter().zip(relay).map(|(cell, relay)| cell.rate / relay.rate));
             let later = median(rounds.iter().zip(relay).map(|(cell, relay)| middle(&cell.first) - middle(&relay.first)));
+            let cpu = median(rounds.iter().map(|cell| cell.cpu));
             let first: Vec<f64> = rounds.iter().flat_map(|cell| cell.first.clone()).collect();
             let total: Vec<f64> = rounds.iter().flat_map(|cell| cell.total.clone()).collect();
             text += &format!(
-                "| {clients} | {} | {rate:.1} | {ratio:.2} | {:.1} | {:.1} | {later:+.1} | {:.1} | {} |\n",
+                "| {clients} | {} | {rate:.1} | {ratio:.2} | {:.1} | {:.1} | {later:+.1} | {:.1} | {cpu:.1} | {} |\n",
                 system.name,
                 middle(&first),
                 percentile(&first, 0.99),

@@ -1,9 +1,10 @@
-//! The mock provider: an OpenAI-compatible answer of 200 one-character chunks, a write each, as fast as they go.
-//! It costs next to nothing, so that what is measured is what stands before it.
+//! The mock provider: an OpenAI-compatible answer of 200 one-character chunks, a write each, as fast as they go or with
+//! a gap after each. It costs next to nothing, so that what is measured is what stands before it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Text chunks in an answer.
 pub const CHUNKS: usize = 200;
@@ -11,25 +12,28 @@ pub const CHUNKS: usize = 200;
 const HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
 
 /// Serves on `port` of the loopback interface until the process ends.
-pub fn start(port: u16) -> std::io::Result<()> {
+pub fn start(port: u16, gap: Duration) -> std::io::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", port))?;
     let answer = Arc::new(answer());
     std::thread::spawn(move || {
         for socket in listener.incoming().flatten() {
             let answer = Arc::clone(&answer);
             // A client that leaves ends its thread, which is all there is to do about it.
-            std::thread::spawn(move || serve(socket, &answer));
+            std::thread::spawn(move || serve(socket, &answer, gap));
         }
     });
     Ok(())
 }
 
-fn serve(mut socket: TcpStream, answer: &[Vec<u8>]) -> std::io::Result<()> {
+fn serve(mut socket: TcpStream, answer: &[Vec<u8>], gap: Duration) -> std::io::Result<()> {
     socket.set_nodelay(true)?;
     let mut requests = BufReader::new(socket.try_clone()?);
     while read_request(&mut requests)? {
         for piece in answer {
             socket.write_all(piece)?;
+            if !gap.is_zero() {
+                std::thread::sleep(gap);
+            }
         }
     }
     Ok(())
