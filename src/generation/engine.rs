@@ -330,7 +330,9 @@ impl Engine {
                 usage: Box::new(ending.usage.unwrap_or_default()),
             },
         };
-        let last = crossings.into_iter().map(|crossing| Event::Quota(Box::new(crossing))).chain([terminal]);
+        // What others crossed since the pump last looked is told, too.
+        let crossings = live.take_news().into_iter().chain(crossings);
+        let last = crossings.map(|crossing| Event::Quota(Box::new(crossing))).chain([terminal]);
         let events: Vec<(u64, Event)> = (next_seq..).zip(last).collect();
         let id = &job.ids.request_id;
         if let Err(cause) = store::append(&self.sql, id, &events).and_then(|()| store::told(&self.sql, id, charged)) {
